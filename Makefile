@@ -1,0 +1,60 @@
+# `make demo`: an overlay picture and its reasoning from the embedded bundle, with [cpu] alone.
+# `make test`: linters, types and all tests. Both make their own virtual environments, once.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+# The CPU build, named exactly: a plain `torch` from a registry brings several GB of CUDA libraries with it.
+TORCH ?= torch==2.13.0
+
+DEMO_PICTURE ?= docs/tabletop.png
+DEMO_QUESTION ?= the red mug
+
+PACKAGING := setup.py pyproject.toml segzero_rt/__init__.py
+SOURCES = $(shell find segzero_rt export training -name '*.py' -o -path 'segzero_rt/bundles/*' -type f)
+
+.PHONY: demo test test-fast lint clean
+
+demo: .venv-demo/stamp
+	mkdir -p demo
+	.venv-demo/bin/segzero run "$(DEMO_PICTURE)" "$(DEMO_QUESTION)" --out demo/overlay.png
+	@echo "overlay: demo/overlay.png"
+
+test: .venv-test/stamp .venv-py310/stamp lint
+	SEGZERO_PYTHON310=$(CURDIR)/.venv-py310/bin/python .venv-test/bin/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
+
+# What a developer runs while writing: no slow tests.
+test-fast: .venv-test/stamp lint
+	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv-test/stamp
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+# Not editable: the demo runs what a user would install, from the wheel.
+.venv-demo/stamp: $(PACKAGING) $(SOURCES)
+	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	touch $@
+
+.venv-test/stamp: $(PACKAGING)
+	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
+	.venv-test/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	.venv-test/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[cpu,export,train,eval,dev]'
+	touch $@
+
+# The oldest runtime that is supported: what JetPack 6 has (Python 3.10, the last onnxruntime and NumPy for it). Without
+# an interpreter of that version the stamp stays empty and the test that uses it says so.
+.venv-py310/stamp: $(PACKAGING) .ci/find_python310
+	rm -rf .venv-py310
+	mkdir -p .venv-py310
+	python310="$$(bash .ci/find_python310)" && if [ -n "$$python310" ]; then \
+	  "$$python310" -m venv .venv-py310 && \
+	  .venv-py310/bin/python -m pip install --quiet --disable-pip-version-check \
+	    onnxruntime==1.23.2 numpy==2.2.6 opencv-python-headless Pillow tokenizers; \
+	else echo "no Python 3.10 found: the JetPack 6 test will be skipped"; fi
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-py310 build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""From checkpoints to bundles, graph by graph. Needs PyTorch; installed as `segzero_rt.export`."""

@@ -1,0 +1,1 @@
+"""One module per subcommand of `segzero`; each has NAME, HELP, `configure(parser)` and `execute(arguments)`."""

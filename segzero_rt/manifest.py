@@ -1,0 +1,288 @@
+"""`manifest.json` as values: what a bundle holds, how its inputs are prepared, what its gates measured.
+
+The file is one JSON object with the fields of `Manifest`, and `digest`, the sha256 of all the others in canonical form
+(sorted keys, no spaces). A changed digit anywhere in it is noticed, as is a changed byte in any file that it lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from segzero_rt.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+RESAMPLERS = ("pillow_bilinear", "pillow_bicubic")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """What one file of the bundle must be."""
+
+    sha256: str
+    """64 lower-case hexadecimal digits."""
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise BundleError(f"expected a sha256 of 64 lower-case hexadecimal digits, got {self.sha256!r}")
+        _require_positive(self, "bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyGraphs:
+    """Paths of the policy's three graphs inside the bundle."""
+
+    vision: str
+    embedding: str
+    decoder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterGraphs:
+    """Paths of the segmenter's two graphs inside the bundle."""
+
+    encoder: str
+    decoder: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyManifest:
+    """The vision-language model: its preprocessing, its sizes, its graphs."""
+
+    family: str
+    """Architecture, such as "qwen2_5_vl"."""
+    flavour: str
+    """How the decoder graph keeps keys and values; `KVCache` alone reads it."""
+    input_size_hw: tuple[int, int]
+    """Size that every picture is resized to; multiples of `patch_size * merge_size`."""
+    resampler: str
+    """One of `RESAMPLERS`; part of the model, since training saw its pixels."""
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    """Of values in [0, 1], per RGB channel."""
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    window_size: int
+    """Side of the vision tower's attention windows, in pixels."""
+    vision_head_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    """Share of `head_dim / 2` that turns with time, row and column."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int
+    max_length: int
+    """Rows of the KV cache: prompt, picture and answer together."""
+    max_new_tokens: int
+    """Budget of an answer, unless the caller gives another."""
+    graphs: PolicyGraphs
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            *("patch_size", "temporal_patch_size", "merge_size", "window_size", "vision_head_dim", "num_layers"),
+            *("num_heads", "num_kv_heads", "head_dim", "hidden_size", "rope_theta", "vocab_size", "max_length"),
+            *("max_new_tokens", "input_size_hw", "image_std"),
+        )
+        _require_resampler(self.resampler)
+        cell = self.patch_size * self.merge_size
+        if any(side % cell for side in self.input_size_hw):
+            raise BundleError(f"policy.input_size_hw: expected multiples of {cell}, got {self.input_size_hw}")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise BundleError(
+                f"policy.mrope_section: expected a sum of head_dim / 2 = {self.head_dim / 2}, got {self.mrope_section}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise BundleError(f"policy: {self.num_heads} heads do not divide among {self.num_kv_heads} KV heads")
+        special_ids = (*self.eos_token_ids, self.image_token_id)
+        if not self.eos_token_ids or any(not 0 <= token < self.vocab_size for token in special_ids):
+            raise BundleError(
+                f"policy: token ids must lie in [0, {self.vocab_size}), got end {self.eos_token_ids}, "
+                f"image {self.image_token_id}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterManifest:
+    """The promptable segmenter: its preprocessing, its sizes, its graphs."""
+
+    family: str
+    """Architecture, such as "sam2"."""
+    input_size_hw: tuple[int, int]
+    """Every picture is stretched to this size; prompts are scaled alike."""
+    resampler: str
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    mask_size_hw: tuple[int, int]
+    """Size of the mask logits that the decoder gives."""
+    graphs: SegmenterGraphs
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "input_size_hw", "mask_size_hw", "image_std")
+        _require_resampler(self.resampler)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything that the runtime knows about a bundle; nothing is guessed from file names."""
+
+    name: str
+    created_by: str
+    """Program and version that wrote the bundle."""
+    answer_format: str
+    """Default `AnswerFormat`; `--format` overrides it."""
+    policy: PolicyManifest
+    segmenter: SegmenterManifest
+    tokenizer: str
+    """Path of `tokenizer.json` inside the bundle."""
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    """What the export measured against PyTorch: gate name to figures."""
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Measured need of the runtime, such as {"cpu_peak": 130000000}."""
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """Every file but the manifest: relative POSIX path to size and hash."""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise BundleError(version_message(self.format_version))
+        for path in (*self.files, *self.required_files):
+            check_relative_path(path)
+        folded = {path.casefold() for path in self.files}
+        if len(folded) != len(self.files):
+            raise BundleError("manifest.json: two files have names that differ only in case")
+
+    @property
+    def required_files(self) -> tuple[str, ...]:
+        """Paths that the runtime opens by their role."""
+        graphs = (self.policy.graphs, self.segmenter.graphs)
+        return (self.tokenizer, *(getattr(g, f.name) for g in graphs for f in dataclasses.fields(g)))
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`, digest included."""
+        document = dataclasses.asdict(self)
+        document["digest"] = _digest(document)
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            BundleError: not JSON, another version, a field missing, unknown, of the wrong type or out of range, or the
+                digest differs.
+        """
+        try:
+            document = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"manifest.json: expected JSON, got {str(error)[:100]}; fetch it again") from error
+        if not isinstance(document, dict):
+            raise BundleError(f"manifest.json: expected an object, got {type(document).__name__}")
+        if document.get("format_version") != FORMAT_VERSION:
+            raise BundleError(version_message(document.get("format_version")))
+        digest = document.pop("digest", None)
+        if digest != _digest(document):
+            raise BundleError("manifest.json: its digest differs, so it was changed or damaged; fetch the bundle again")
+        return _decode(cls, document, "manifest.json")
+
+
+def version_message(found: object) -> str:
+    """One line that names both versions."""
+    return (
+        f"manifest.json: expected format_version {FORMAT_VERSION}, got {str(found)[:40]}; "
+        "export the bundle again, or install the segzero-rt that wrote it"
+    )
+
+
+def check_relative_path(path: str) -> None:
+    """Raise unless `path` is a plain relative POSIX path below the bundle's folder.
+
+    Raises:
+        BundleError: empty, absolute, with "..", ".", a backslash, a drive, a NUL or an empty component.
+    """
+    parts = path.split("/")
+    hostile = any(part in ("", ".", "..") or part != part.strip() for part in parts) or set(path) & set("\\:\0")
+    if hostile or PurePosixPath(path).is_absolute() or not path.isprintable() or path.casefold() == MANIFEST_NAME:
+        raise BundleError(f"manifest.json: expected a relative path inside the bundle, got {path[:80]!r}")
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return document
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _decode(cls: type[T], value: object, where: str) -> T:
+    """Build the dataclass `cls` from a JSON object, refusing unknown, missing and mistyped fields."""
+    if not isinstance(value, dict):
+        raise BundleError(f"{where}: expected an object, got {type(value).__name__}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every `cls` here is a dataclass
+    if unknown := sorted(set(value) - set(known)):
+        raise BundleError(f"{where}: unknown field {str(unknown[0])[:60]!r}; a newer segzero-rt may know it")
+    if missing := sorted(set(known) - set(value)):
+        raise BundleError(f"{where}: expected the field {missing[0]!r}, which is missing")
+    return cls(**{name: _convert(hints[name], value[name], f"{where}: {name}") for name in known})
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    """`value` as the type `hint`; JSON arrays become tuples."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _decode(typing.cast("type[Any]", hint), value, where)
+    if origin is tuple and isinstance(value, list):
+        of = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(of) == len(value):
+            return tuple(_convert(h, v, where) for h, v in zip(of, value, strict=True))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{where}[{key[:60]!r}]") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if origin is None and type(value) is hint and (not isinstance(value, float) or math.isfinite(value)):
+        return value
+    raise BundleError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {str(value)[:60]}")
+
+
+def _require_positive(manifest: object, *names: str) -> None:
+    for name in names:
+        value = getattr(manifest, name)
+        if any(number <= 0 for number in (value if isinstance(value, tuple) else (value,))):
+            raise BundleError(f"manifest.json: {name}: expected more than 0, got {value}")
+
+
+def _require_resampler(name: str) -> None:
+    if name not in RESAMPLERS:
+        raise BundleError(f"manifest.json: resampler: expected one of {', '.join(RESAMPLERS)}, got {name!r}")

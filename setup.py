@@ -1,0 +1,93 @@
+"""Packaging of segzero-rt: one importable name, `segzero_rt`.
+
+The folders `export/` and `training/` of the checkout are installed as `segzero_rt.export` and `segzero_rt.training`: a
+top-level `training` would overwrite that of PyPI's `sam2`, which ships one too. They hold a few hundred kilobytes of
+Python and import torch only when their commands run, so they travel in the one wheel; their dependencies are extras.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "segzero_rt/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION is not None, "segzero_rt/__init__.py names the version"
+
+CORE = [
+    "numpy>=1.26",
+    "opencv-python-headless>=4.8",
+    # Resampling is part of the model: these policies were trained on Pillow's antialiased resizing.
+    "Pillow>=10.1",
+    "tokenizers>=0.20",
+]
+# onnxruntime and onnxruntime-gpu are two distributions of one module, and extras can only add: the core names neither.
+# 1.23 is the last release with wheels for Python 3.10, which is what JetPack 6 has.
+CPU = ["onnxruntime>=1.23"]
+# transformers 5 renamed the Qwen2.5-VL and SAM 2 classes that the exporters load weights from.
+TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4"]
+EXPORT = [*TORCH, "onnx>=1.18", "onnxruntime>=1.23"]
+TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0"]
+EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
+DEV = [
+    "build>=1.2",
+    "mypy>=1.11",
+    "pytest>=8",
+    "ruff>=0.6",
+    # Real photographic texture for the segmenter's training pictures; installed, never committed.
+    "scikit-image>=0.22",
+]
+
+setup(
+    name="segzero-rt",
+    version=VERSION.group(1),
+    description="Reasoning segmentation without PyTorch at run time: an image and a question to thinking and masks",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.10",
+    packages=["segzero_rt", "segzero_rt.commands", "segzero_rt.export", "segzero_rt.training"],
+    package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
+    package_data={"segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"]},
+    install_requires=CORE,
+    extras_require={
+        "cpu": CPU,
+        "gpu": ["onnxruntime-gpu>=1.23"],
+        "tensorrt": ["tensorrt>=10.3"],
+        "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
+        "cuda": ["pycuda>=2024.1"],
+        "export": EXPORT,
+        "train": TRAIN,
+        "eval": EVAL,
+        # ROS 2's wheels exist for Python 3.11 alone.
+        "ros": [
+            'ros-rclpy[fastrtps]; python_version == "3.11"',
+            'ros-sensor-msgs; python_version == "3.11"',
+            'ros-std-msgs; python_version == "3.11"',
+        ],
+        "dev": DEV,
+    },
+    entry_points={
+        "console_scripts": ["segzero = segzero_rt.cli:main"],
+        # Commands outside the runtime. Each entry resolves to an object with NAME, HELP, configure and execute.
+        "segzero.commands": [
+            "export = segzero_rt.export.command",
+            "train = segzero_rt.training.command:TRAIN",
+            "scenes = segzero_rt.training.command:SCENES",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+)
