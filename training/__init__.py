@@ -1,1 +1,1 @@
-"""Training of the policy and the segmenter, and the scenes they learn from. Installed as `segzero_rt.training`."""
+"""Training, in PyTorch: tabletop scenes, the base policy, the segmenter. The runtime never imports this package."""
