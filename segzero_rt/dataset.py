@@ -1,8 +1,8 @@
 """Dataset folders: `images/*.png` and `annotations.jsonl`, one question per line.
 
-A line is a JSON object with `image` (path inside the folder), `text` (the question), `kind` (query kind), `objects` (list
-of `{label, box_xyxy, mask_rle}`, empty when there is no such object). Further keys are allowed and kept. Questions on one
-picture are separate lines that name the same `image`.
+A line is a JSON object with `image` (path inside the folder), `text` (the question), `kind` (query kind), `objects`
+(list of `{label, box_xyxy, mask_rle}`, empty when there is no such object). Further keys are allowed and kept.
+Questions on one picture are separate lines that name the same `image`.
 
 A folder is read in full before it is used: one bad line stops with its file and line number, none is skipped.
 """
