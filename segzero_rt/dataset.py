@@ -10,7 +10,6 @@ A folder is read in full before it is used: one bad line stops with its file and
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segzero_rt.errors import DatasetError, SegZeroError
+from segzero_rt.errors import DatasetError, ImageError, SegZeroError
+from segzero_rt.image import load_image
 from segzero_rt.mask import decode_rle, encode_rle
 
 ANNOTATIONS_NAME = "annotations.jsonl"
@@ -89,10 +89,15 @@ class Sample:
             DatasetError: the file cannot be decoded.
         """
         try:
-            with Image.open(self.image_path) as picture:
-                return np.array(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"{self.source}: cannot decode {self.image_path}: {error}; replace it") from error
+            image_rgb = load_image(self.image_path)
+        except ImageError as error:
+            raise DatasetError(f"{self.source}: cannot decode {error}; replace it") from error
+        if image_rgb.shape[:2] != self.size_hw:  # turned by an EXIF tag, which the masks know nothing of
+            raise DatasetError(
+                f"{self.source}: expected {self.image_path} to be {self.size_hw} as its header says, got "
+                f"{image_rgb.shape[:2]} once turned upright; store it upright"
+            )
+        return image_rgb
 
     @property
     def masks(self) -> np.ndarray:
@@ -212,7 +217,7 @@ class DatasetWriter:
                 (partial / ANNOTATIONS_NAME).write_text("\n".join(self._lines) + "\n", encoding="utf-8")
                 # mkdtemp makes the folder private to its owner; a dataset is as readable as any folder.
                 partial.chmod(0o755)
-                os.replace(partial, self.folder)
+                partial.replace(self.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             self._partial = None
