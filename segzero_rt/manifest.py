@@ -112,7 +112,7 @@ class PolicyManifest:
                 f"policy.mrope_section: expected a sum of head_dim / 2 = {self.head_dim / 2}, got {self.mrope_section}"
             )
         if self.num_heads % self.num_kv_heads:
-            raise BundleError(f"policy: {self.num_heads} heads do not divide among {self.num_kv_heads} KV heads")
+            raise BundleError(f"policy.num_kv_heads: expected a divisor of {self.num_heads}, got {self.num_kv_heads}")
         special_ids = (*self.eos_token_ids, self.image_token_id)
         if not self.eos_token_ids or any(not 0 <= token < self.vocab_size for token in special_ids):
             raise BundleError(

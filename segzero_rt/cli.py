@@ -1,0 +1,165 @@
+"""`segzero`: finds the subcommand, parses its options, and turns every `SegZeroError` into one line and exit status 2.
+
+The runtime's own commands are listed here; others join through the entry-point group `segzero.commands`. Only the
+command that was asked for is imported, and each imports what it runs on when it runs: `--help` starts no backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, Protocol, cast
+
+from segzero_rt import __version__
+from segzero_rt.errors import SegZeroError
+
+ENTRY_POINT_GROUP = "segzero.commands"
+EXIT_OK, EXIT_BAD_INPUT, EXIT_NO_ANSWER = 0, 2, 3
+
+_BUILT_IN = ("run", "segment", "eval", "bench", "doctor")
+
+_DESCRIPTION = """Reasoning segmentation: an image and a question to thinking and instance masks, without PyTorch.
+
+exit status: 0 answered (or: there is no such object), 3 the policy gave no usable answer, 2 bad input"""
+_EPILOG = """examples:
+  segzero run table.png "something to cut paper with" --out overlay.png
+  segzero run table.png "the red mug" --json
+  segzero doctor
+
+`segzero COMMAND --help` tells a command's options."""
+
+
+class Command(Protocol):
+    """What an entry of the group resolves to: a module or an object with these names."""
+
+    NAME: str
+    HELP: str
+    """One line, lower case, for the list of commands."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the command's arguments. Imports nothing heavy: this runs for `--help`, too."""
+
+    def execute(self, arguments: argparse.Namespace) -> int:
+        """Runs it; returns the exit status."""
+
+
+class UsageError(SegZeroError):
+    """The command line itself is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing usage over several lines, so that bad options get one line like any other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments[: arguments.index("--")] if "--" in arguments else "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # absent where a caller replaced the stream
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are no text
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except SegZeroError as error:
+        return _report(error, as_json=as_json)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_top_help())
+        return EXIT_OK if arguments else EXIT_BAD_INPUT
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-V", "--version"):
+        print(f"segzero {__version__}")
+        return EXIT_OK
+    command = _find(name)
+    parser = make_parser(command)
+    try:
+        parsed = parser.parse_args(rest)
+    except SystemExit as stop:  # argparse's own way to end after `--help`
+        return int(stop.code or 0)
+    return command.execute(parsed)
+
+
+def make_parser(command: Command) -> argparse.ArgumentParser:
+    """The parser of one command, as `segzero NAME` uses it."""
+    parser = _Parser(
+        prog=f"segzero {command.NAME}",
+        description=command.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.configure(parser)
+    return parser
+
+
+def find_command(name: str) -> Command:
+    """The command called `name`, built in or installed.
+
+    Raises:
+        UsageError: there is none, or what it needs is not installed.
+    """
+    return _find(name)
+
+
+def _find(name: str) -> Command:
+    if name in _BUILT_IN:
+        return cast("Command", importlib.import_module(f"segzero_rt.commands.{name}"))
+    installed = {entry.name: entry for entry in _entry_points()}
+    if name not in installed:
+        known = ", ".join((*_BUILT_IN, *sorted(installed)))
+        raise UsageError(f"expected a command, one of {known}; got {name[:60]!r}; see `segzero --help`")
+    try:
+        return cast("Command", installed[name].load())
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"`segzero {name}` cannot start here: {error}; install what it needs ({_extra_of(name)})"
+        ) from error
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    yield from importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+
+
+def _extra_of(name: str) -> str:
+    return "pip install 'segzero-rt[export]'" if name == "export" else "pip install 'segzero-rt[train]'"
+
+
+def _top_help() -> str:
+    lines = []
+    for name in (*_BUILT_IN, *sorted(entry.name for entry in _entry_points() if entry.name not in _BUILT_IN)):
+        try:
+            lines.append(f"  {name:<9} {_find(name).HELP}")
+        except (UsageError, ImportError) as error:
+            lines.append(f"  {name:<9} not available: {error}")
+    usage = "usage: segzero COMMAND ... | segzero --help | segzero --version"
+    return "\n\n".join((usage, _DESCRIPTION, "commands:\n" + "\n".join(lines), _EPILOG))
+
+
+def _report(error: SegZeroError, *, as_json: bool) -> int:
+    """One line on stderr. With `--json` it is a document, which stdout gets as well, so that it never stays empty."""
+    message = " ".join(str(error).split())
+    if as_json:
+        line = json.dumps({"status": "error", "error": {"type": type(error).__name__, "message": message}})
+        print(line)
+    else:
+        line = "segzero: " + "".join(char if char.isprintable() else "?" for char in message)
+    print(line, file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

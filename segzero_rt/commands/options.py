@@ -1,0 +1,63 @@
+"""Options that several commands share, with one spelling and one help text."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from segzero_rt.answer_format import FORMATS
+
+if TYPE_CHECKING:  # the pipeline pulls in numpy and a backend: only when a command runs
+    from segzero_rt.pipeline import SegZero
+
+
+def add_bundle_options(parser: argparse.ArgumentParser) -> None:
+    """`--bundle`, `--backend`, `--threads`."""
+    parser.add_argument("--bundle", metavar="DIR", help="the bundle to run (default: the embedded `tabletop`)")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="cpu, cuda, ...; a backend that is not there is an error"
+    )
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="CPU threads (default: the cores)")
+
+
+def add_policy_options(parser: argparse.ArgumentParser) -> None:
+    """`--format`, `--max-new-tokens`."""
+    parser.add_argument(
+        "--format", choices=tuple(FORMATS), help="prompt and answer format (default: the one that the bundle names)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_integer, metavar="N", help="token budget (default: the bundle's)"
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """`--out`, `--json`."""
+    parser.add_argument("--out", metavar="PICTURE", help="write an overlay picture here (.png, .jpg or .webp)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document (masks as COCO RLE)")
+
+
+def load_pipeline(arguments: argparse.Namespace) -> SegZero:
+    """`SegZero` from the options of `add_bundle_options`."""
+    from segzero_rt.pipeline import SegZero
+
+    return SegZero.load(arguments.bundle, backend=arguments.backend, threads=arguments.threads)
+
+
+def positive_integer(text: str) -> int:
+    """An argparse type."""
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text[:40]!r}")
+    return value
+
+
+def numbers(text: str, count: int, meaning: str) -> tuple[float, ...]:
+    """`count` finite numbers with commas between them, for an argparse type."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != count or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"expected {meaning}, got {text[:60]!r}")
+    return values
