@@ -1,8 +1,8 @@
-"""What is said to a policy and what it says back, once per policy family: prompt, tags, JSON keys, coordinate rounding.
+"""What is said to a policy and what it says back, once per family: prompt, tags, JSON keys, coordinate rounding.
 
-Training writes with `assistant_text`, the runtime asks with `user_prompt`, `answer_parser.parse_answer` reads. The prompt
-strings are part of the released checkpoints and stand here verbatim, missing spaces between sentences and the single
-quotes of Seg-Zero's example included.
+Training writes with `assistant_text`, the runtime asks with `user_prompt`, `answer_parser.parse_answer` reads. The
+prompt strings are part of the released checkpoints and stand here verbatim, missing spaces between sentences and the
+single quotes of Seg-Zero's example included.
 
 Sources: `dvlab-research/Seg-Zero` 77f9ea5 (Seg-Zero) and 42a3345, `JIA-Lab-research/VisionReasoner` c013132.
 """
@@ -105,10 +105,11 @@ class AnswerFormat:
     def _object_dict(self, box: Box, points: Sequence[Point]) -> dict[str, list[int]]:
         if len(box) != 4 or len(points) != self.max_points or any(len(point) != 2 for point in points):
             raise ValueError(
-                f"expected a box of 4 and {self.max_points} point(s) of 2 numbers for {self.name}, got {box} and {points}"
+                f"expected a box of 4 numbers and {self.max_points} point(s) of 2 for {self.name}, "
+                f"got {box} and {points}"
             )
         entry = {self.box_key: [int(value) for value in box]}
-        for key, point in zip(self.point_keys, points):
+        for key, point in zip(self.point_keys, points, strict=True):
             entry[key] = [int(value) for value in point]
         return entry
 

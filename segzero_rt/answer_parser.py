@@ -1,0 +1,289 @@
+"""From a policy's text to an `Answer`: find the answer, read it, take its numbers to the source picture.
+
+`parse_answer` is the contract; runtime, evaluation and rewards all read with it. It never raises for any text, and
+its time is linear in the text. Where the text does not say clearly what was meant, it says `malformed`: no box is made
+up.
+
+Which text is the answer (`tolerant`, `rfc8259`)
+    The last `<answer>` that stands outside the thinking and holds an answer that can be used; at most
+    `MAX_ANSWERS_TRIED` of them are looked at, from the last backwards. With no `<answer>` outside the thinking, and if
+    the reply ended by itself, what follows the last `</think>` (the whole reply, if nothing was thought). JSON in
+    the thinking is never an answer. The prompt's own example is never an answer: neither the whole example, nor any of
+    its objects right after "thinking process here".
+What it may look like
+    `rfc8259`: one JSON document with exactly the format's keys. `tolerant`: see `json_tolerant` for the notation and
+    `answer_objects` for the keys; prose, fences and quotes around it are passed over; of several values with words
+    between them the last counts, with only blanks and commas between them they are one list. A bracket with no
+    `key:` in it is prose. Both formats' answers are read whatever `answer_format` is.
+    `vision_reasoner`, `seg_zero`: the first answer the authors' scripts would take (reference: `answer_objects`).
+Geometry (every mode)
+    Swapped corners are put in order. The box is clipped to the policy's picture; if less than one pixel is left in
+    width or height, or a number is infinite, the object is dropped. Points outside the clipped box are dropped: a box
+    alone is a sound prompt. At most `MAX_OBJECTS` objects and `MAX_POINTS` points of each are kept. Then the
+    format's rounding to source pixels; a box that rounds to nothing keeps one pixel.
+Status
+    `ok` with prompts; `none_found` for the format's empty answer; otherwise `truncated` if the reply was cut
+    (`finished=False`) and `malformed` if it was not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from segzero_rt.answer import Answer, AnswerStatus, Prompt
+from segzero_rt.answer_format import FORMATS, AnswerFormat
+from segzero_rt.answer_objects import (
+    RawObject,
+    canonical_objects,
+    seg_zero_objects,
+    tolerant_objects,
+    vision_reasoner_objects,
+)
+from segzero_rt.answer_tags import ANSWER_TAG, Tag, answer_openings, find_tags, thinking_text
+from segzero_rt.json_reader import Dialect, read_json
+from segzero_rt.json_tolerant import read_tolerant
+
+ParseMode = Literal["rfc8259", "vision_reasoner", "seg_zero", "tolerant"]
+MODES: tuple[ParseMode, ...] = ("rfc8259", "vision_reasoner", "seg_zero", "tolerant")
+
+MAX_ANSWERS_TRIED = 8
+"""Answer tags looked at, from the last backwards; bounds the work on a reply that repeats the tag."""
+MAX_OBJECTS = 120
+"""Objects kept of one answer; VisionReasoner's reward has the same bound."""
+MAX_POINTS = 8
+"""Points kept of one object."""
+
+_VALUE_OR_STOP = re.compile(r"[\[{]|< ?/? ?answer ?>", re.IGNORECASE | re.ASCII)
+_JOINT = re.compile(r"[\s,;\"'`]*")
+_AROUND_BARE = re.compile(r"(?:[\s,]|```[A-Za-z0-9]{0,16})*")
+_NULL = re.compile(r"(?:\s|```[A-Za-z0-9]{0,16}(?=\s))*(?:null|None)[\s`]*")
+_ECHO_MARK = re.compile(r"thinking process here\s{0,8}</think>\s{0,8}$")
+_EXAMPLES = [
+    [
+        RawObject(box=(left, top, right, bottom), points=tuple((x, y) for x, y in points))
+        for (left, top, right, bottom), points in known.example
+    ]
+    for known in FORMATS.values()
+]
+
+_Found = tuple[list[RawObject], int]
+"""The objects of an answer (none: "no such object") and where in the text the answer begins."""
+
+
+def parse_answer(
+    text: str,
+    *,
+    answer_format: AnswerFormat,
+    input_size_hw: tuple[int, int],
+    source_size_hw: tuple[int, int],
+    finished: bool = True,
+    mode: ParseMode = "tolerant",
+) -> Answer:
+    """Reads a policy's reply. Never raises for any text.
+
+    Args:
+        text: the reply as generated, without the prompt.
+        answer_format: the family whose rounding, own keys and empty answer hold.
+        input_size_hw: height and width of the picture the policy saw; the text's coordinates are its pixels.
+        source_size_hw: height and width of the source picture; the prompts' coordinates are its pixels.
+        finished: False if the token budget, not the policy, ended the reply.
+        mode: which notation is accepted, see above.
+
+    Raises:
+        ValueError: a size that is not positive, or an unknown mode: the caller's mistake, not the text's.
+    """
+    if min(*input_size_hw, *source_size_hw) < 1:
+        raise ValueError(f"expected positive sizes, got input {input_size_hw} and source {source_size_hw}")
+    if mode not in MODES:
+        raise ValueError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
+    tags = find_tags(text)
+    found = _find_answer(text, tags, answer_format, finished, mode)
+    objects, start = found if found is not None else ([], _default_start(text, tags))
+    kept = (_to_prompt(raw, answer_format, input_size_hw, source_size_hw) for raw in objects[:MAX_OBJECTS])
+    prompts = tuple(prompt for prompt in kept if prompt is not None)
+    if prompts:
+        status = AnswerStatus.OK
+    elif found is not None and not objects:
+        status = AnswerStatus.NONE_FOUND
+    else:
+        status = AnswerStatus.MALFORMED if finished else AnswerStatus.TRUNCATED
+    return Answer(status=status, thinking=thinking_text(text, tags, start), prompts=prompts, text=text)
+
+
+def _default_start(text: str, tags: Sequence[Tag]) -> int:
+    """Where thinking ends in a reply without a usable answer: at its last `<answer>`, or else at its end."""
+    return next((tag.start for tag in reversed(tags) if not tag.is_think and not tag.is_close), len(text))
+
+
+def _find_answer(
+    text: str, tags: Sequence[Tag], answer_format: AnswerFormat, finished: bool, mode: ParseMode
+) -> _Found | None:
+    if mode == "vision_reasoner":
+        return _vision_reasoner_answer(text)
+    if mode == "seg_zero":
+        return _seg_zero_answer(text)
+    read = _canonical_answer if mode == "rfc8259" else _tolerant_answer
+    openings = answer_openings(tags, finished=finished)
+    for tag in openings[:MAX_ANSWERS_TRIED]:
+        objects = read(text, tag.end, answer_format, finished, True)
+        if objects is not None and not _is_echo(objects, text, tag.start):
+            return objects, tag.start
+    bare = _bare_start(tags) if finished and not openings else None
+    if bare is None:
+        return None
+    objects = read(text, bare, answer_format, finished, False)
+    return None if objects is None or _is_echo(objects, text, bare) else (objects, bare)
+
+
+def _bare_start(tags: Sequence[Tag]) -> int | None:
+    """Where an answer without tags begins: after the last think tag, if that one closes; None inside thinking."""
+    last = next((tag for tag in reversed(tags) if tag.is_think), None)
+    if last is None:
+        return 0
+    return last.end if last.is_close else None
+
+
+def _is_echo(objects: list[RawObject], text: str, start: int) -> bool:
+    """Whether the answer is the prompt's example come back rather than something seen in the picture."""
+    if not objects:
+        return False
+    if objects in _EXAMPLES:
+        return True
+    repeats_prompt = _ECHO_MARK.search(text, max(0, start - 64), start) is not None
+    return repeats_prompt and any(all(raw in example for raw in objects) for example in _EXAMPLES)
+
+
+def _vision_reasoner_answer(text: str) -> _Found | None:
+    """The first `<answer>` and the first `</answer>` after it, in small letters, read as Python reads JSON."""
+    start = text.find("<answer>")
+    close = text.find("</answer>", start) if start >= 0 else -1
+    if close < 0:
+        return None
+    reading = read_json(text[start + len("<answer>") : close].strip(), dialect=Dialect.PYTHON)
+    objects = None if reading.fault else vision_reasoner_objects(reading.value)
+    return None if objects is None or _is_echo(objects, text, start) else (objects, start)
+
+
+def _seg_zero_answer(text: str) -> _Found | None:
+    """From the first `{` that holds something to the first `}` after it, wherever it stands, thinking included."""
+    start = text.find("{")
+    while start >= 0 and text.startswith("}", start + 1):
+        start = text.find("{", start + 1)
+    close = text.find("}", start) if start >= 0 else -1
+    if close < 0:
+        return _seg_zero_none(text)
+    reading = read_json(text, start=start, end=close + 1, dialect=Dialect.PYTHON)
+    objects = None if reading.fault else seg_zero_objects(reading.value)
+    answer_start = text.rfind("<answer>", 0, start)
+    begin = answer_start if answer_start >= 0 else start
+    return None if objects is None or _is_echo(objects, text, begin) else (objects, begin)
+
+
+def _seg_zero_none(text: str) -> _Found | None:
+    """The script knows no empty answer and stops with an error; here `{}`, `null` and `[]` in the tags are one."""
+    start = text.rfind("<answer>")
+    close = text.find("</answer>", start) if start >= 0 else -1
+    content = text[start + len("<answer>") : close].strip() if close >= 0 else ""
+    return ([], start) if content in ("{}", "null", "[]") else None
+
+
+def _canonical_answer(
+    text: str, begin: int, answer_format: AnswerFormat, finished: bool, tagged: bool
+) -> list[RawObject] | None:
+    """One RFC 8259 document up to the closing tag; without that tag, up to the end of a reply that was not cut."""
+    stop = ANSWER_TAG.search(text, begin)
+    if stop is None and tagged and not finished:
+        return None
+    reading = read_json(text, start=begin, end=len(text) if stop is None else stop.start())
+    return None if reading.fault else canonical_objects(reading.value, answer_format)
+
+
+def _tolerant_answer(
+    text: str, begin: int, answer_format: AnswerFormat, finished: bool, tagged: bool
+) -> list[RawObject] | None:
+    """The last group of values between `begin` and the next answer tag; None if there is none or one is broken."""
+    group: list[RawObject] | None = None
+    group_end = begin
+    for start, end, objects in _values(text, begin, answer_format, may_end=finished):
+        if end < 0:
+            return None
+        if objects is None or (group and not objects):
+            continue
+        joined = group and _JOINT.fullmatch(text, group_end, start) is not None
+        if not objects and not tagged and not _stands_alone(text, begin, start, end):
+            continue
+        group = [*group, *objects] if joined and group else objects
+        group_end = end
+    if group is None and _says_null(text, begin, finished):
+        return []
+    return group
+
+
+def _says_null(text: str, begin: int, finished: bool) -> bool:
+    """Whether `null` or `None` is all that stands before the next answer tag (or the end of a reply not cut)."""
+    word = _NULL.match(text, begin)
+    if word is None:
+        return False
+    return (word.end() == len(text) and finished) or ANSWER_TAG.match(text, word.end()) is not None
+
+
+def _values(
+    text: str, begin: int, answer_format: AnswerFormat, *, may_end: bool
+) -> Iterator[tuple[int, int, list[RawObject] | None]]:
+    """Yields start, end and objects of each value up to the next answer tag; an end of -1 for a broken one."""
+    at = begin
+    while True:
+        mark = _VALUE_OR_STOP.search(text, at)
+        if mark is None or mark[0] not in "[{":
+            return
+        reading = read_tolerant(text, mark.start(), may_end=may_end)
+        at = reading.end
+        if reading.fault is None:
+            yield mark.start(), at, tolerant_objects(reading.value, answer_format)
+        elif reading.has_member:
+            yield mark.start(), -1, None
+            return
+
+
+def _stands_alone(text: str, begin: int, start: int, end: int) -> bool:
+    """Whether nothing but a code fence is around the value: then `[]` is an answer even without tags."""
+    tail = ANSWER_TAG.search(text, end)
+    stop = len(text) if tail is None else tail.start()
+    return bool(_AROUND_BARE.fullmatch(text, begin, start) and _AROUND_BARE.fullmatch(text, end, stop))
+
+
+def _to_prompt(
+    raw: RawObject, answer_format: AnswerFormat, input_size_hw: tuple[int, int], source_size_hw: tuple[int, int]
+) -> Prompt | None:
+    """Orders, clips and scales one object; None if nothing of it lies in the picture."""
+    if not all(map(math.isfinite, raw.box)):
+        return None
+    (height, width), (source_height, source_width) = input_size_hw, source_size_hw
+    left, right = _clipped_span(raw.box[0], raw.box[2], width)
+    top, bottom = _clipped_span(raw.box[1], raw.box[3], height)
+    if right - left < 1 or bottom - top < 1:
+        return None
+    x_factor, y_factor = source_width / width, source_height / height
+    to_source = answer_format.to_source
+    x0, x1 = _pixel_span(to_source(left, x_factor), to_source(right, x_factor), source_width)
+    y0, y1 = _pixel_span(to_source(top, y_factor), to_source(bottom, y_factor), source_height)
+    points = [
+        (float(min(to_source(x, x_factor), source_width - 1)), float(min(to_source(y, y_factor), source_height - 1)))
+        for x, y in raw.points
+        if left <= x <= right and top <= y <= bottom
+    ]
+    return Prompt(box_xyxy=(float(x0), float(y0), float(x1), float(y1)), points_xy=tuple(points[:MAX_POINTS]))
+
+
+def _clipped_span(first: float, second: float, size: int) -> tuple[float, float]:
+    low, high = (first, second) if first <= second else (second, first)
+    return min(max(low, 0.0), float(size)), min(max(high, 0.0), float(size))
+
+
+def _pixel_span(low: int, high: int, size: int) -> tuple[int, int]:
+    """Keeps a span inside the picture and at least one pixel wide."""
+    low = min(low, size - 1)
+    return low, min(max(high, low + 1), size)
