@@ -1,0 +1,230 @@
+"""`segzero doctor [BUNDLE]`: what this machine can run, whether the bundle is whole, and why not, if not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from segzero_rt.commands.output import print_document, printable
+from segzero_rt.errors import SegZeroError
+
+NAME = "doctor"
+HELP = "tell what this machine can run, and check a bundle"
+
+_EPILOG = """examples:
+  segzero doctor
+  segzero doctor my-bundle --json
+
+The bundle's files are compared with its manifest, its graphs are loaded, and a question is asked about a grey picture.
+exit status: 0 the bundle runs here, 2 it does not (the report says why)"""
+
+# What the CPU backend's kernels make use of, by the kernel's names for them (x86 flags, ARM features).
+_CPU_FEATURES = (
+    "avx2",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+)
+_OPTIONAL_PARTS = {
+    "export": ("torch", "transformers", "onnx"),
+    "train": ("torch", "transformers", "tqdm"),
+    "eval": ("pyarrow", "pycocotools"),
+    "cuda": ("pycuda",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt_rtx",),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", nargs="?", help="a bundle's folder (default: the embedded `tabletop`)"
+    )
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="try this backend (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    report = examine(arguments.bundle, arguments.backend)
+    if arguments.json:
+        print_document(report)
+    else:
+        _print_report(report)
+    for problem in report["problems"]:
+        print(f"segzero: {problem}", file=sys.stderr)
+    return 0 if report["runs"] else 2
+
+
+def examine(bundle_path: str | None = None, backend: str = "auto") -> dict[str, Any]:
+    """The report: machine, backends, parts, bundle, trial, problems, and `runs`: whether all of it works."""
+    from segzero_rt.environment import environment_card
+
+    problems: list[str] = []
+    machine = environment_card() | {
+        "cpu_features": _cpu_features(),
+        "memory_available_bytes": _available_memory_bytes(),
+        "jetpack": _jetpack(),
+    }
+    bundle = _examine_bundle(bundle_path, problems)
+    trial = None if problems else _try(bundle_path, backend, problems)
+    return {
+        "machine": machine,
+        "backends": _backends(),
+        "parts": {name: all(map(_is_installed, modules)) for name, modules in _OPTIONAL_PARTS.items()},
+        "bundle": bundle,
+        "trial": trial,
+        "problems": problems,
+        "runs": not problems,
+    }
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    from segzero_rt.graph import BACKENDS, resolve_backend
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in BACKENDS:
+        if name == "auto":
+            continue
+        try:
+            found[name] = {"available": True, "detail": f"ONNX Runtime {resolve_backend(name).version}"}
+        except SegZeroError as error:
+            found[name] = {"available": False, "detail": printable(str(error))}
+    return found
+
+
+def _examine_bundle(path: str | None, problems: list[str]) -> dict[str, Any]:
+    from segzero_rt.bundle import EMBEDDED, Bundle
+
+    start = time.perf_counter()
+    where = str(EMBEDDED if path is None else path)
+    try:
+        bundle = Bundle.open(path)
+    except SegZeroError as error:
+        problems.append(printable(str(error)))
+        return {"path": where, "intact": False}
+    manifest = bundle.manifest
+    return {
+        "path": where,
+        "intact": True,
+        "name": manifest.name,
+        "format_version": manifest.format_version,
+        "created_by": manifest.created_by,
+        "answer_format": manifest.answer_format,
+        "policy": {"family": manifest.policy.family, "flavour": manifest.policy.flavour},
+        "segmenter": {"family": manifest.segmenter.family},
+        "num_files": len(manifest.files),
+        "num_bytes": bundle.num_bytes,
+        "gates": dict(manifest.gates),
+        "memory_bytes": dict(manifest.memory_bytes),
+        "check_ms": round((time.perf_counter() - start) * 1e3, 1),
+    }
+
+
+def _try(path: str | None, backend: str, problems: list[str]) -> dict[str, Any] | None:
+    """Loads the bundle and asks it one thing; a few tokens are enough to run every graph of the policy."""
+    import numpy as np
+
+    from segzero_rt.answer import Prompt
+    from segzero_rt.environment import peak_memory_bytes
+    from segzero_rt.pipeline import SegZero
+
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    start = time.perf_counter()
+    try:
+        pipeline = SegZero.load(path, backend=backend)
+        load_ms = (time.perf_counter() - start) * 1e3
+        start = time.perf_counter()
+        pipeline(grey, "a cup", max_new_tokens=4)
+        pipeline.segment(grey, [Prompt(box_xyxy=(8, 8, 56, 56))])
+    except SegZeroError as error:
+        problems.append(printable(str(error)))
+        return None
+    return {
+        "backend": str(pipeline.policy.backend),
+        "load_ms": round(load_ms, 1),
+        "run_ms": round((time.perf_counter() - start) * 1e3, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _cpu_features() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return []
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return [feature for feature in _CPU_FEATURES if feature in value.split()]
+    return []
+
+
+def _available_memory_bytes() -> int | None:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    for line in info.read_text(encoding="ascii", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _jetpack() -> str | None:
+    """The release line of NVIDIA's Jetson Linux, where this is one."""
+    release = Path("/etc/nv_tegra_release")
+    return printable(release.read_text(errors="replace"))[:120] if release.is_file() else None
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    rows = [*_machine_rows(report), *_bundle_rows(report["bundle"], report["trial"])]
+    rows.append(("runs here", "yes" if report["runs"] else "no"))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    machine = report["machine"]
+    features = " ".join(machine["cpu_features"]) or "no vector instructions seen"
+    rows = [
+        ("python", machine["python"]),
+        ("system", f"{machine['system']}, {machine['architecture']}"),
+        ("cpu", f"{machine['cpu'] or 'unknown'}, {machine['cores']} cores, {features}"),
+        ("memory", f"{_mib(machine['memory_available_bytes'])} available of {_mib(machine['memory_bytes'])}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
+    ]
+    if machine["jetpack"]:
+        rows.append(("jetpack", machine["jetpack"]))
+    for name, backend in report["backends"].items():
+        rows.append((f"backend {name}", f"{'yes' if backend['available'] else 'no'}: {backend['detail']}"))
+    rows.append(("extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report["parts"].items())))
+    return rows
+
+
+def _bundle_rows(bundle: dict[str, Any], trial: dict[str, Any] | None) -> list[tuple[str, str]]:
+    rows = [("bundle", bundle["path"])]
+    if bundle["intact"]:
+        size = f"{bundle['num_files']} intact, {_mib(bundle['num_bytes'])}, checked in {bundle['check_ms']} ms"
+        rows += [("  name", f"{bundle['name']}, by {bundle['created_by']}"), ("  files", size)]
+        rows += [(f"  gate {name}", printable(str(figures))[:160]) for name, figures in bundle["gates"].items()]
+    if trial:
+        times = f"loaded in {trial['load_ms']} ms, ran in {trial['run_ms']} ms"
+        rows.append(("trial", f"backend {trial['backend']}, {times}, peak {_mib(trial['peak_memory_bytes'])}"))
+    return rows
+
+
+def _mib(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.0f} MiB"
