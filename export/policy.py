@@ -1,0 +1,114 @@
+"""A policy checkpoint to the three graphs and the manifest section of a bundle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from segzero_rt.errors import ExportError
+from segzero_rt.manifest import PolicyGraphs, PolicyManifest
+from segzero_rt.policy import VISION_ROPE_THETA
+
+from .policy_checkpoint import PolicyCheckpoint
+from .policy_decoder import build_decoder
+from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
+from .policy_vision import build_vision
+
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyExport:
+    """What `export_policy` wrote."""
+
+    manifest: PolicyManifest
+    tokenizer: str
+    files: dict[str, Path]
+    """Path inside the bundle to the file that was written."""
+
+
+def export_policy(
+    hf_folder: Path,
+    out_dir: Path,
+    *,
+    input_size_hw: tuple[int, int] = (840, 840),
+    flavour: str = "ort",
+    storage: str = "float16",
+    resampler: str = "pillow_bilinear",
+    max_length: int = 4096,
+    max_new_tokens: int = 512,
+) -> PolicyExport:
+    """Writes the graphs of a policy into `out_dir`.
+
+    Args:
+        hf_folder: `config.json`, safetensors and `tokenizer.json`.
+        input_size_hw: size in pixels that pictures are resized to, in multiples of a token's side.
+        flavour: of the decoder, "ort" or "portable".
+        storage: precision of the weights in the files; all is computed in float32.
+        resampler: what training resized with.
+        max_length: tokens of the cache, for prefix, picture, question and reply together.
+        max_new_tokens: default budget of a reply.
+
+    Raises:
+        ExportError: the checkpoint is incomplete, or has a part that the graphs cannot express.
+    """
+    checkpoint = PolicyCheckpoint(hf_folder)
+    if checkpoint.vision.rope_theta != VISION_ROPE_THETA:
+        raise ExportError(f"expected a vision rope_theta of {VISION_ROPE_THETA}, got {checkpoint.vision.rope_theta}")
+    tokenizer = hf_folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
+    folder = out_dir / "policy"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_token_table(checkpoint, folder, storage=storage)
+    build_embedding(checkpoint, storage=storage).save(folder / "embedding.onnx")
+    build_vision(checkpoint, flavour=flavour, storage=storage).save(folder / "vision.onnx")
+    build_decoder(checkpoint, flavour=flavour, storage=storage).save(folder / "decoder.onnx")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    names = ("embedding.onnx", "vision.onnx", "decoder.onnx", TABLE_FILE, "tokenizer.json")
+    return PolicyExport(
+        manifest=_manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens),
+        tokenizer="policy/tokenizer.json",
+        files={f"policy/{name}": folder / name for name in names},
+    )
+
+
+def _manifest(
+    checkpoint: PolicyCheckpoint,
+    input_size_hw: tuple[int, int],
+    flavour: str,
+    resampler: str,
+    max_length: int,
+    max_new_tokens: int,
+) -> PolicyManifest:
+    vision, text = checkpoint.vision, checkpoint.text
+    return PolicyManifest(
+        family=checkpoint.family,
+        flavour=flavour,
+        input_size_hw=input_size_hw,
+        resampler=resampler,
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.merge_size,
+        window_size=vision.window_size,
+        vision_head_dim=vision.head_dim,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        num_kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        hidden_size=text.hidden_size,
+        rope_theta=text.rope_theta,
+        mrope_section=text.mrope_section,
+        vocab_size=text.vocab_size,
+        eos_token_ids=checkpoint.eos_token_ids,
+        image_token_id=checkpoint.image_token_id,
+        max_length=min(max_length, text.max_position_embeddings),
+        max_new_tokens=max_new_tokens,
+        graphs=PolicyGraphs(
+            vision="policy/vision.onnx", embedding="policy/embedding.onnx", decoder="policy/decoder.onnx"
+        ),
+    )

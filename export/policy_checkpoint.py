@@ -1,0 +1,228 @@
+"""Reads a policy checkpoint in Hugging Face's layout: `config.json` and safetensors, in one file or in shards.
+
+Two generations of files are understood: those of transformers 5 (text settings nested, keys under
+`model.language_model.`) and the published ones of Qwen2.5-VL (text settings flat, keys under `model.` and `visual.`).
+Nothing is read before it is asked for, so that a checkpoint larger than the memory can be exported tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segzero_rt.errors import ExportError
+
+_FAMILIES = ("qwen2_5_vl",)
+_OLD_PREFIXES = (
+    ("visual.", "model.visual."),
+    ("model.layers.", "model.language_model.layers."),
+    ("model.embed_tokens.", "model.language_model.embed_tokens."),
+    ("model.norm.", "model.language_model.norm."),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionSizes:
+    """Sizes of the vision tower."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    channels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    window_size: int
+    """Side of an attention window, in pixels."""
+    full_attention_blocks: tuple[int, ...]
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+            raise ExportError(
+                f"expected vision heads whose width is a multiple of 4, got hidden size "
+                f"{self.hidden_size} in {self.num_heads} heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSizes:
+    """Sizes of the decoder."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_position_embeddings: int
+    tied: bool
+    """The output layer is the token embedding."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ExportError(
+                f"expected heads that divide the hidden size and are shared evenly, got hidden size "
+                f"{self.hidden_size}, {self.num_heads} heads, {self.num_kv_heads} key-value heads"
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ExportError(
+                f"expected an mrope_section that sums to half the head's width {self.head_dim}, "
+                f"got {self.mrope_section}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class PolicyCheckpoint:
+    """A checkpoint folder, opened.
+
+    Raises:
+        ExportError: a file is missing or damaged, or the family or a size is not one that the exporter knows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = _read_json(folder / "config.json")
+        self.family = str(self.config.get("model_type", ""))
+        if self.family not in _FAMILIES:
+            raise ExportError(
+                f"expected a checkpoint of family {', '.join(_FAMILIES)}, got {self.family!r} "
+                f"in {folder / 'config.json'}"
+            )
+        try:
+            self.vision = _vision_sizes(self.config["vision_config"])
+            self.text = _text_sizes(self.config)
+            self.image_token_id = int(self.config["image_token_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"expected the settings of {self.family} in {folder / 'config.json'}, got none or a wrong one: {error}"
+            ) from error
+        self._files = _weight_files(folder)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: `generation_config.json` where there is one, else the configuration."""
+        generation = self.folder / "generation_config.json"
+        settings = _read_json(generation) if generation.is_file() else {}
+        text = self.config.get("text_config") or {}
+        for found in (settings.get("eos_token_id"), text.get("eos_token_id"), self.config.get("eos_token_id")):
+            if found is not None:
+                return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+        raise ExportError(f"expected eos_token_id in {self.folder}, got none")
+
+    def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """One weight as float32, by its transformers 5 key.
+
+        Raises:
+            ExportError: it is missing or has another shape.
+        """
+        from safetensors import safe_open
+
+        if key not in self._files:
+            raise ExportError(f"expected a weight {key} in {self.folder}, got none; is the checkpoint complete?")
+        path, stored_key = self._files[key]
+        with safe_open(path, framework="pt") as weights:  # PyTorch, because NumPy has no bfloat16
+            values: np.ndarray = weights.get_tensor(stored_key).float().numpy()
+        if shape is not None and values.shape != shape:
+            raise ExportError(f"expected {key} of shape {shape}, got {values.shape} in {path}")
+        return values
+
+    def has(self, key: str) -> bool:
+        """True when the files hold this weight."""
+        return key in self._files
+
+
+def _vision_sizes(config: Mapping[str, Any]) -> VisionSizes:
+    rope = config.get("rope_parameters") or {}
+    return VisionSizes(
+        depth=int(config["depth"]),
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        num_heads=int(config["num_heads"]),
+        channels=int(config.get("in_channels", config.get("in_chans", 3))),
+        patch_size=int(config["patch_size"]),
+        temporal_patch_size=int(config["temporal_patch_size"]),
+        merge_size=int(config["spatial_merge_size"]),
+        window_size=int(config["window_size"]),
+        full_attention_blocks=tuple(int(block) for block in config["fullatt_block_indexes"]),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+
+
+def _text_sizes(config: Mapping[str, Any]) -> TextSizes:
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise ValueError(f"rope_type {rope.get('rope_type')!r}")
+    if text.get("use_sliding_window"):
+        raise ValueError("use_sliding_window true")
+    section = rope["mrope_section"]
+    return TextSizes(
+        num_layers=int(text["num_hidden_layers"]),
+        hidden_size=int(text["hidden_size"]),
+        intermediate_size=int(text["intermediate_size"]),
+        num_heads=int(text["num_attention_heads"]),
+        num_kv_heads=int(text["num_key_value_heads"]),
+        vocab_size=int(text["vocab_size"]),
+        rms_norm_eps=float(text["rms_norm_eps"]),
+        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1000000.0))),
+        mrope_section=(int(section[0]), int(section[1]), int(section[2])),
+        max_position_embeddings=int(text["max_position_embeddings"]),
+        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+    )
+
+
+def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Transformers 5 key -> (file, key in that file)."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file():
+        names = sorted({str(name) for name in _read_json(index)["weight_map"].values()})
+    elif single.is_file():
+        names = [single.name]
+    else:
+        raise ExportError(f"expected model.safetensors or its index in {folder}, got neither")
+    found: dict[str, tuple[Path, str]] = {}
+    for name in names:
+        path = folder / name
+        try:
+            with safe_open(path, framework="pt") as weights:
+                found.update({_current_key(key): (path, key) for key in weights.keys()})  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"expected a safetensors file at {path}, got: {error}") from error
+    return found
+
+
+def _current_key(key: str) -> str:
+    for old, new in _OLD_PREFIXES:
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"expected a JSON file at {path}, got: {error}") from error
+    if not isinstance(document, dict):
+        raise ExportError(f"expected a JSON object in {path}, got {type(document).__name__}")
+    return document

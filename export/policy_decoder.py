@@ -1,0 +1,195 @@
+"""The policy's decoder as a graph, node by node, in two flavours (see `decoder_spec`).
+
+    inputs_embeds ─► layers × [ norm ─► qkv ─► attention with cache ─► o ─► + norm ─► gate·up ─► down ─► + ] ─► norm
+                  ─► rows asked for ─► output layer ─► logits
+
+Where this departs from transformers' `Qwen2_5_VLTextModel` (same numbers, other arithmetic order):
+1. q, k and v are one matrix, gate and up are one matrix;
+2. rotary values come in from the host, which knows the picture's positions;
+3. the output layer sees only the rows asked for;
+4. `portable` scores cached and new tokens separately, so that the cache is never copied to append to it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from segzero_rt.graph_spec import decoder_spec
+
+from .graph_builder import MICROSOFT, GraphBuilder
+from .policy_checkpoint import PolicyCheckpoint, TextSizes
+from .policy_embedding import TABLE_FILE
+
+
+def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
+    """The decoder's graph.
+
+    Args:
+        flavour: "ort" or "portable".
+        storage: precision of the weights in the file, "float16" or "float32".
+    """
+    text = checkpoint.text
+    spec = decoder_spec(
+        flavour=flavour,
+        num_layers=text.num_layers,
+        num_kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+    )
+    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
+    attention = _FusedAttention(builder, text) if flavour == "ort" else _PortableAttention(builder, text)
+    residual = "inputs_embeds"
+    branch = ""  # output of the last half-layer, not yet added to `residual`
+    for layer in range(text.num_layers):
+        with builder.scope(f"layers.{layer}"):
+            weights = _LayerWeights(checkpoint, layer)
+            x, residual = _norm(builder, branch, residual, "input_layernorm", weights.norm("input_layernorm"), text)
+            packed = builder.linear(x, "qkv", *weights.qkv())
+            branch = builder.linear(attention.attend(packed, layer), "o", weights.o())
+            x, residual = _norm(builder, branch, residual, "post_norm", weights.norm("post_attention_layernorm"), text)
+            branch = _feed_forward(builder, x, weights, text)
+    final = checkpoint.tensor("model.language_model.norm.weight", (text.hidden_size,))
+    x, _ = _norm(builder, branch, residual, "norm", final, text)
+    _output_layer(builder, x, checkpoint)
+    return builder
+
+
+class _LayerWeights:
+    """Weights of one layer, packed as the graph wants them."""
+
+    def __init__(self, checkpoint: PolicyCheckpoint, layer: int) -> None:
+        self._checkpoint = checkpoint
+        self._text = checkpoint.text
+        self._prefix = f"model.language_model.layers.{layer}."
+
+    def norm(self, name: str) -> np.ndarray:
+        return self._get(f"{name}.weight", (self._text.hidden_size,))
+
+    def qkv(self) -> tuple[np.ndarray, np.ndarray]:
+        """[q + k + v, hidden] and its bias; queries first, as GroupQueryAttention takes them packed."""
+        text = self._text
+        rows = {"q": text.hidden_size, "k": text.num_kv_heads * text.head_dim, "v": text.num_kv_heads * text.head_dim}
+        weight = [self._get(f"self_attn.{part}_proj.weight", (rows[part], text.hidden_size)) for part in "qkv"]
+        bias = [self._get(f"self_attn.{part}_proj.bias", (rows[part],)) for part in "qkv"]
+        return np.concatenate(weight), np.concatenate(bias)
+
+    def o(self) -> np.ndarray:
+        return self._get("self_attn.o_proj.weight", (self._text.hidden_size, self._text.hidden_size))
+
+    def gate_up(self) -> np.ndarray:
+        shape = (self._text.intermediate_size, self._text.hidden_size)
+        return np.concatenate([self._get(f"mlp.{part}_proj.weight", shape) for part in ("gate", "up")])
+
+    def down(self) -> np.ndarray:
+        return self._get("mlp.down_proj.weight", (self._text.hidden_size, self._text.intermediate_size))
+
+    def _get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self._checkpoint.tensor(self._prefix + name, shape)
+
+
+class _FusedAttention:
+    """GroupQueryAttention of ONNX Runtime: rotates, writes the cache in place and attends, per row of the batch."""
+
+    def __init__(self, builder: GraphBuilder, text: TextSizes) -> None:
+        self._builder = builder
+        self._text = text
+
+    def attend(self, packed: str, layer: int) -> str:
+        cache = [f"past_key_{layer}", f"past_value_{layer}"]
+        inputs = [packed, "", "", *cache, "seqlens_k", "total_length", "rotary_cos", "rotary_sin"]
+        outputs = [self._builder.name("attention"), f"present_key_{layer}", f"present_value_{layer}"]
+        return self._builder.nodes(
+            "GroupQueryAttention",
+            inputs,
+            outputs,
+            domain=MICROSOFT,
+            num_heads=self._text.num_heads,
+            kv_num_heads=self._text.num_kv_heads,
+            do_rotary=1,
+            rotary_interleaved=0,
+            scale=self._text.head_dim**-0.5,
+        )[0]
+
+
+class _PortableAttention:
+    """Plain operators. Query heads that share a key-value head are stacked along time, so keys are never repeated."""
+
+    def __init__(self, builder: GraphBuilder, text: TextSizes) -> None:
+        self._builder = builder
+        self._text = text
+        batch, new_total = builder.lengths("attention_bias", 0), builder.lengths("attention_bias", 2, 3)
+        heads, shared = builder.constant([text.num_heads]), builder.constant([text.num_kv_heads])
+        self._by_head = builder.node("Concat", [batch, heads, new_total], axis=0)
+        self._by_shared_head = builder.node(
+            "Concat", [batch, shared, builder.constant([-1]), builder.lengths("attention_bias", 3)], axis=0
+        )
+        capacity = builder.lengths("past_key_0", 2)
+        self._parts = builder.node("Concat", [capacity, builder.lengths("inputs_embeds", 1)], axis=0)
+        self._cos = builder.node("Unsqueeze", ["rotary_cos", builder.constant([1])])
+        self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
+
+    def attend(self, packed: str, layer: int) -> str:
+        builder, text = self._builder, self._text
+        widths = [text.hidden_size, text.num_kv_heads * text.head_dim, text.num_kv_heads * text.head_dim]
+        split = builder.nodes("Split", [packed, builder.constant(widths)], [builder.name(p) for p in "qkv"], axis=-1)
+        query = builder.rotate(self._heads(split[0], text.num_heads), self._cos, self._sin)
+        query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, "float32")])
+        query = builder.reshape(query, [0, text.num_kv_heads, -1, text.head_dim])
+        key = builder.rotate(self._heads(split[1], text.num_kv_heads), self._cos, self._sin)
+        key = builder.node("Identity", [key], output=f"new_key_{layer}")
+        value = self._heads(split[2], text.num_kv_heads, output=f"new_value_{layer}")
+        scores = [
+            builder.node("MatMul", [query, builder.node("Transpose", [keys], perm=[0, 1, 3, 2])])
+            for keys in (f"past_key_{layer}", key)
+        ]
+        joined = builder.reshape(builder.node("Concat", scores, axis=-1), self._by_head)
+        shares = builder.node("Softmax", [builder.node("Add", [joined, "attention_bias"])], axis=-1)
+        shares = builder.reshape(shares, self._by_shared_head)
+        parts = builder.nodes("Split", [shares, self._parts], [builder.name("old"), builder.name("new")], axis=-1)
+        mixed = [
+            builder.node("MatMul", [part, values])
+            for part, values in zip(parts, (f"past_value_{layer}", value), strict=True)
+        ]
+        # [batch, kv_heads, group * new, head_dim] and [batch, heads, new, head_dim] are the same numbers in a row
+        attended = builder.reshape(builder.node("Add", mixed), [0, text.num_heads, -1, text.head_dim])
+        return builder.reshape(builder.node("Transpose", [attended], perm=[0, 2, 1, 3]), [0, 0, text.hidden_size])
+
+    def _heads(self, x: str, num_heads: int, output: str | None = None) -> str:
+        """[batch, new, heads * head_dim] to [batch, heads, new, head_dim]."""
+        split = self._builder.reshape(x, [0, 0, num_heads, self._text.head_dim])
+        return self._builder.node("Transpose", [split], output=output, perm=[0, 2, 1, 3])
+
+
+def _norm(
+    builder: GraphBuilder, branch: str, residual: str, name: str, weight: np.ndarray, text: TextSizes
+) -> tuple[str, str]:
+    """Adds the last half-layer's output, if any, and norms. Returns (normed, the new residual)."""
+    if not branch:
+        return builder.rms_norm(residual, name, weight, text.rms_norm_eps), residual
+    return builder.add_rms_norm(branch, residual, name, weight, text.rms_norm_eps)
+
+
+def _feed_forward(builder: GraphBuilder, x: str, weights: _LayerWeights, text: TextSizes) -> str:
+    packed = builder.linear(x, "gate_up", weights.gate_up())
+    gate, up = builder.nodes("Split", [packed], [builder.name("gate"), builder.name("up")], axis=-1)
+    return builder.linear(builder.node("Mul", [builder.silu(gate), up]), "down", weights.down())
+
+
+def _output_layer(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
+    """Logits of the rows asked for. Tied weights are read from the token table's own file."""
+    text = checkpoint.text
+    rows = builder.node("Unsqueeze", ["logits_rows", builder.constant([-1])])
+    picked = builder.node("GatherND", [x, rows], batch_dims=1)
+    if text.tied:
+        table = builder.as_float32(
+            builder.external_weight("token_table", (text.vocab_size, text.hidden_size), TABLE_FILE)
+        )
+    else:
+        table = builder.weight("lm_head", checkpoint.tensor("lm_head.weight", (text.vocab_size, text.hidden_size)))
+    # Gemm and not MatMul: it takes the table as it lies on disk, [vocab, hidden], but only knows two axes.
+    flat = builder.node("Gemm", [builder.reshape(picked, [-1, text.hidden_size]), table], transB=1)
+    shape = builder.node(
+        "Concat", [builder.node("Shape", ["logits_rows"]), builder.constant([text.vocab_size])], axis=0
+    )
+    builder.node("Reshape", [flat, shape], output="logits", allowzero=1)  # no rows asked for: a length of 0

@@ -1,0 +1,180 @@
+"""The policy's vision tower as a graph, node by node (see `vision_spec`).
+
+    patches ─► linear ─► blocks × [ norm ─► qkv ─► rotary ─► attention in windows or over all ─► proj ─► + norm ─► MLP ]
+            ─► + norm ─► four neighbours to one token ─► MLP ─► raster order
+
+Where this departs from transformers' `Qwen2_5_VisionTransformerPretrainedModel` (same numbers, other arithmetic order):
+1. one frame: the published weights convolve two copies of it, so the two halves of the kernel are added at export;
+2. patches come in window order from the host, as do windows and rotary values;
+3. windows are padded to one length and attended in one batch; the original takes them one by one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from segzero_rt.graph_spec import vision_spec
+
+from .graph_builder import MICROSOFT, GraphBuilder
+from .policy_checkpoint import PolicyCheckpoint, VisionSizes
+
+_EPSILON = 1e-6  # of every norm in the tower; fixed in the original too
+
+
+def build_vision(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
+    """The vision tower's graph.
+
+    Args:
+        flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
+        storage: precision of the weights in the file, "float16" or "float32".
+    """
+    sizes = checkpoint.vision
+    patch_dim = sizes.channels * sizes.patch_size**2
+    spec = vision_spec(patch_dim=patch_dim, head_dim=sizes.head_dim, hidden_size=checkpoint.text.hidden_size)
+    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
+    # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
+    patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint).T, exact=True)
+    residual = builder.node("MatMul", ["patches", patch_weight])
+    attention = _VisionAttention(builder, sizes)
+    branch = ""
+    for block in range(sizes.depth):
+        with builder.scope(f"blocks.{block}"):
+            weights = _BlockWeights(checkpoint, block)
+            x, residual = _norm(builder, branch, residual, "norm1", weights.norm("norm1"))
+            packed = builder.linear(x, "qkv", *weights.linear("attn.qkv", 3 * sizes.hidden_size, sizes.hidden_size))
+            mixed = attention.attend(packed, everywhere=block in sizes.full_attention_blocks)
+            branch = builder.linear(mixed, "proj", *weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
+            x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
+            branch = _feed_forward(builder, x, weights, sizes)
+    with builder.scope("merger"):
+        x, _ = _norm(builder, branch, residual, "norm", checkpoint.tensor("model.visual.merger.ln_q.weight"))
+        _merge(builder, x, checkpoint)
+    return builder
+
+
+class _BlockWeights:
+    """Weights of one block of the tower."""
+
+    def __init__(self, checkpoint: PolicyCheckpoint, block: int) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = f"model.visual.blocks.{block}."
+
+    def norm(self, name: str) -> np.ndarray:
+        return self._checkpoint.tensor(f"{self._prefix}{name}.weight", (self._checkpoint.vision.hidden_size,))
+
+    def linear(self, name: str, out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            self._checkpoint.tensor(f"{self._prefix}{name}.weight", (out_width, in_width)),
+            self._checkpoint.tensor(f"{self._prefix}{name}.bias", (out_width,)),
+        )
+
+
+class _VisionAttention:
+    """Attention of patches with all others of the picture, or with those of their own window."""
+
+    def __init__(self, builder: GraphBuilder, sizes: VisionSizes) -> None:
+        self._builder = builder
+        self._sizes = sizes
+        if builder.fused:
+            self._first_position = builder.constant([0])  # patch i takes row i of the rotary table
+        else:
+            self._cos = builder.node("Unsqueeze", ["rotary_cos", builder.constant([1])])
+            self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
+
+    def attend(self, packed: str, *, everywhere: bool) -> str:
+        """[batch, patches, 3 * hidden] to [batch, patches, hidden]."""
+        builder = self._builder
+        query, key, value = builder.nodes("Split", [packed], [builder.name(part) for part in "qkv"], axis=-1)
+        query, key = self._rotate(query), self._rotate(key)
+        if everywhere:
+            return self._attend_all(query, key, value)
+        return self._attend_windows(query, key, value)
+
+    def _rotate(self, x: str) -> str:
+        builder, sizes = self._builder, self._sizes
+        if builder.fused:
+            inputs = [x, self._first_position, "rotary_cos", "rotary_sin"]
+            return builder.node("RotaryEmbedding", inputs, domain=MICROSOFT, num_heads=sizes.num_heads)
+        heads = builder.reshape(x, [0, 0, sizes.num_heads, sizes.head_dim])
+        return builder.reshape(builder.rotate(heads, self._cos, self._sin), [0, 0, sizes.hidden_size])
+
+    def _attend_all(self, query: str, key: str, value: str) -> str:
+        builder, sizes = self._builder, self._sizes
+        if builder.fused:
+            return builder.node("MultiHeadAttention", [query, key, value], domain=MICROSOFT, num_heads=sizes.num_heads)
+        parts = [
+            builder.node(
+                "Transpose", [builder.reshape(part, [0, 0, sizes.num_heads, sizes.head_dim])], perm=[0, 2, 1, 3]
+            )
+            for part in (query, key, value)
+        ]
+        mixed = builder.node("Transpose", [self._mix(*parts, bias=None)], perm=[0, 2, 1, 3])
+        return builder.reshape(mixed, [0, 0, sizes.hidden_size])
+
+    def _attend_windows(self, query: str, key: str, value: str) -> str:
+        """Gathers patches to [batch, windows, slots, ...], attends inside each window, and puts them back."""
+        builder, sizes = self._builder, self._sizes
+        parts = []
+        for part in (query, key, value):
+            slots = builder.node("Gather", [part, "window_patches"], axis=1)
+            heads = builder.reshape(slots, [0, 0, 0, sizes.num_heads, sizes.head_dim])
+            parts.append(builder.node("Transpose", [heads], perm=[0, 1, 3, 2, 4]))
+        mixed = builder.node("Transpose", [self._mix(*parts, bias="window_bias")], perm=[0, 1, 3, 2, 4])
+        flat = builder.reshape(
+            mixed,
+            builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, sizes.hidden_size])], axis=0),
+        )
+        return builder.node("Gather", [flat, "patch_slots"], axis=1)
+
+    def _mix(self, query: str, key: str, value: str, bias: str | None) -> str:
+        """Softmax attention over the two last axes."""
+        builder = self._builder
+        rank = 4 if bias is None else 5
+        perm = [*range(rank - 2), rank - 1, rank - 2]
+        scaled = builder.node("Mul", [query, builder.constant(self._sizes.head_dim**-0.5, "float32")])
+        scores = builder.node("MatMul", [scaled, builder.node("Transpose", [key], perm=perm)])
+        if bias is not None:
+            scores = builder.node("Add", [scores, bias])
+        return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
+
+
+def _norm(builder: GraphBuilder, branch: str, residual: str, name: str, weight: np.ndarray) -> tuple[str, str]:
+    """Adds the last half-block's output, if any, and norms. Returns (normed, the new residual)."""
+    if not branch:
+        return builder.rms_norm(residual, name, weight, _EPSILON), residual
+    return builder.add_rms_norm(branch, residual, name, weight, _EPSILON)
+
+
+def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> str:
+    wide, narrow = sizes.intermediate_size, sizes.hidden_size
+    gate_weight, gate_bias = weights.linear("mlp.gate_proj", wide, narrow)
+    up_weight, up_bias = weights.linear("mlp.up_proj", wide, narrow)
+    packed = builder.linear(
+        x, "gate_up", np.concatenate([gate_weight, up_weight]), np.concatenate([gate_bias, up_bias])
+    )
+    gate, up = builder.nodes("Split", [packed], [builder.name("gate"), builder.name("up")], axis=-1)
+    hidden = builder.node("Mul", [builder.silu(gate), up])
+    return builder.linear(hidden, "down", *weights.linear("mlp.down_proj", narrow, wide))
+
+
+def _merge(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
+    """Neighbouring patches (consecutive in window order) to one token, in the decoder's width and in raster order."""
+    sizes, hidden_size = checkpoint.vision, checkpoint.text.hidden_size
+    wide = sizes.hidden_size * sizes.merge_size**2
+    shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, wide])], axis=0)
+    x = builder.reshape(x, shape)
+    prefix = "model.visual.merger.mlp."
+    for name, layer, out_width in (("fc1", 0, wide), ("fc2", 2, hidden_size)):
+        weight = checkpoint.tensor(f"{prefix}{layer}.weight", (out_width, wide))
+        x = builder.linear(x, name, weight, checkpoint.tensor(f"{prefix}{layer}.bias", (out_width,)))
+        x = builder.gelu(x) if name == "fc1" else x
+    builder.node("Gather", [x, "token_order"], output="image_features", axis=1)
+
+
+def _one_frame_weight(checkpoint: PolicyCheckpoint) -> np.ndarray:
+    """[hidden, channels * patch * patch]: the 3-D kernel summed over time, for two equal frames."""
+    sizes = checkpoint.vision
+    shape = (sizes.hidden_size, sizes.channels, sizes.temporal_patch_size, sizes.patch_size, sizes.patch_size)
+    kernel = checkpoint.tensor("model.visual.patch_embed.proj.weight", shape)
+    summed: np.ndarray = kernel.astype(np.float64).sum(axis=2).reshape(sizes.hidden_size, -1).astype(np.float32)
+    return summed

@@ -1,0 +1,255 @@
+"""One loaded graph on one backend of ONNX Runtime.
+
+The backend is resolved once, by name, and can be read back: `auto` takes the GPU where ONNX Runtime has one, a forced
+backend that is not there is an error and never falls back. ONNX Runtime is imported when the first graph is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segzero_rt.errors import BackendError, GraphError
+from segzero_rt.graph_spec import GraphSpec, TensorSpec
+
+if TYPE_CHECKING:  # ONNX Runtime has no stubs and must not be imported before a graph is loaded
+    import types
+
+Array = NDArray[Any]
+Buffer = Any
+"""What a run reads or writes in place: a NumPy array, or ONNX Runtime's OrtValue where memory is on a device."""
+
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt-ep": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+_EXTRAS = {"cpu": "segzero-rt[cpu]", "cuda": "segzero-rt[gpu]", "tensorrt-ep": "segzero-rt[gpu] and TensorRT"}
+BACKENDS = ("auto", *_PROVIDERS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backend:
+    """A backend that is installed here. Prints as its name."""
+
+    name: str
+    """"cpu", "cuda" or "tensorrt-ep"."""
+    version: str
+    """Of ONNX Runtime."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's execution providers, the one that was asked for first."""
+        return _PROVIDERS[self.name]
+
+    @property
+    def device(self) -> str:
+        """Where the graph's memory is: "cpu" or "cuda"."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def resolve_backend(name: str = "auto") -> Backend:
+    """Finds the backend called `name`; `auto` is "cuda" where ONNX Runtime offers it, else "cpu".
+
+    Raises:
+        BackendError: the name is unknown, ONNX Runtime is not installed, or this backend is not in it.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"expected a backend of {', '.join(BACKENDS)}, got {name!r}")
+    runtime = _onnxruntime()
+    available = runtime.get_available_providers()
+    if name == "auto":
+        name = "cuda" if _PROVIDERS["cuda"][0] in available else "cpu"
+    if _PROVIDERS[name][0] not in available:
+        raise BackendError(
+            f"expected backend {name}, but ONNX Runtime {runtime.__version__} offers {', '.join(available)}; "
+            f"install {_EXTRAS[name]}, or choose another backend"
+        )
+    return Backend(name=name, version=str(runtime.__version__))
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Graph:
+    """A graph that is loaded and agrees with its spec. Use `Graph.load`."""
+
+    def __init__(self, session: Any, spec: GraphSpec, backend: Backend) -> None:
+        self.spec = spec
+        self.backend = backend
+        self._session = session
+
+    @classmethod
+    def load(cls, path: Path, spec: GraphSpec, *, backend: str | Backend = "auto", threads: int | None = None) -> Graph:
+        """Loads the ONNX file and checks its inputs and outputs against the spec.
+
+        Args:
+            threads: threads of one run, at least 1; all cores of this process by default.
+
+        Raises:
+            BackendError: the backend is not there, or cannot start.
+            GraphError: the file cannot be read as a graph, or has other inputs or outputs than the spec.
+        """
+        if threads is not None and threads < 1:
+            raise BackendError(f"expected at least 1 thread, got {threads}")
+        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        runtime = _onnxruntime()
+        try:
+            session = runtime.InferenceSession(
+                str(path), _session_options(runtime, threads or default_threads()), providers=list(resolved.providers)
+            )
+        except _load_errors(runtime) as error:
+            raise GraphError(f"expected a readable graph at {path}, ONNX Runtime says: {_first_line(error)}") from error
+        if session.get_providers()[0] != resolved.providers[0]:
+            raise BackendError(
+                f"expected backend {resolved}, but ONNX Runtime could only start {session.get_providers()[0]}; "
+                "its log names the library that is missing"
+            )
+        spec.check_declared(_declared(session.get_inputs()), _declared(session.get_outputs()))
+        return cls(session, spec, resolved)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One run with fresh outputs, by name.
+
+        Raises:
+            GraphError: inputs do not fit the spec.
+        """
+        self.spec.check_shapes({name: array.shape for name, array in inputs.items()})
+        for tensor in self.spec.inputs:
+            _check_dtype(tensor, inputs[tensor.name])
+        outputs = self._session.run(self.spec.output_names, dict(inputs))
+        return dict(zip(self.spec.output_names, outputs, strict=True))
+
+    def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+        """Zeroed memory that this graph's runs can use without copying; a NumPy array where that is the host's."""
+        if self.backend.device == "cpu":
+            return np.zeros(shape, dtype=dtype)
+        zeros = np.zeros(shape, dtype=dtype)
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.backend.device, 0)
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> BoundGraph:
+        """Ties buffers to all inputs and outputs, for repeated runs without allocation.
+
+        An input and an output may share one buffer where the graph writes in place. Buffers stay tied to their memory:
+        change their contents, never reallocate them.
+
+        Raises:
+            GraphError: buffers do not fit the spec, or are not contiguous.
+        """
+        self.spec.check_shapes({name: tuple(_shape(buffer)) for name, buffer in inputs.items()})
+        if set(outputs) != set(self.spec.output_names):
+            raise GraphError(
+                f"graph {self.spec.label}: expected buffers for {', '.join(self.spec.output_names)}; "
+                f"got {', '.join(outputs)}"
+            )
+        for name, buffer in (*inputs.items(), *outputs.items()):
+            if isinstance(buffer, np.ndarray):
+                _check_dtype(self.spec.tensor(name), buffer)
+                if not buffer.flags.c_contiguous:
+                    raise GraphError(f"graph {self.spec.label}: expected a contiguous buffer for {name}")
+        return BoundGraph(self._session, inputs, outputs, on_host=self.backend.device == "cpu")
+
+
+class BoundGraph:
+    """A graph with its buffers. `run()` reads the inputs' present contents and fills the outputs."""
+
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, on_host: bool
+    ) -> None:
+        self._run = session.run_with_iobinding
+        self._binding = session.io_binding()
+        self._buffers = (dict(inputs), dict(outputs))  # ONNX Runtime holds addresses only: keep the memory alive
+        # On a device, ONNX Runtime copies a host input when it is bound, so that it must be bound again for each run.
+        self._host_inputs = {} if on_host else {n: b for n, b in inputs.items() if isinstance(b, np.ndarray)}
+        for name, buffer in inputs.items():
+            if not isinstance(buffer, np.ndarray):
+                self._binding.bind_ortvalue_input(name, buffer)
+            elif on_host:
+                self._binding.bind_input(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+        for name, buffer in outputs.items():
+            if isinstance(buffer, np.ndarray):
+                self._binding.bind_output(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+            else:
+                self._binding.bind_ortvalue_output(name, buffer)
+
+    def run(self) -> None:
+        for name, array in self._host_inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        self._run(self._binding)
+
+
+def _onnxruntime() -> types.ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            "expected ONNX Runtime, which is not installed; install segzero-rt[cpu], or segzero-rt[gpu] for CUDA "
+            f"({error})"
+        ) from error
+    module: types.ModuleType = onnxruntime
+    return module
+
+
+def _session_options(runtime: Any, threads: int) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that spin while they wait slow down the other graph that runs beside this one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _load_errors(runtime: Any) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file that it cannot load; its exceptions have no common base of their own."""
+    state = runtime.capi.onnxruntime_pybind11_state
+    names = (
+        "Fail",
+        "InvalidArgument",
+        "InvalidGraph",
+        "InvalidProtobuf",
+        "NoModel",
+        "NoSuchFile",
+        "NotImplemented",
+        "RuntimeException",
+        "EPFail",
+    )
+    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+
+
+def _declared(tensors: Any) -> list[tuple[str, str, list[object]]]:
+    types_ = {
+        "tensor(float)": "float32",
+        "tensor(float16)": "float16",
+        "tensor(int64)": "int64",
+        "tensor(int32)": "int32",
+        "tensor(uint8)": "uint8",
+        "tensor(bool)": "bool",
+    }
+    return [(tensor.name, types_.get(tensor.type, tensor.type), list(tensor.shape)) for tensor in tensors]
+
+
+def _shape(buffer: Buffer) -> tuple[int, ...]:
+    return buffer.shape if isinstance(buffer, np.ndarray) else tuple(buffer.shape())
+
+
+def _check_dtype(tensor: TensorSpec, array: Array) -> None:
+    if array.dtype.name != tensor.dtype:
+        raise GraphError(f"expected {tensor}; got dtype {array.dtype.name}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,257 @@
+"""The decoder's memory: keys and values of every token so far, their lengths, and the positions of what comes next.
+
+Decoder flavours differ here and nowhere else. Both keep `[batch, kv_heads, capacity, head_dim]` per layer and never
+copy it for a token: `ort` graphs write their new rows into the bound buffer, `portable` graphs return the new rows and
+the cache puts them in place. Shortening a cache is free, so a picture's prefix serves any number of questions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segzero_rt.graph import BoundGraph, Buffer, Graph
+from segzero_rt.graph_spec import MASKED
+from segzero_rt.positions import MropeTable, PictureSpan
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSizes:
+    """Sizes of a decoder, as far as its cache needs them."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+
+
+class KVCache(ABC):
+    """Cache of one decoder for `batch` sequences that share one layout of picture and text.
+
+    A row of the batch is one sequence with its own length. Use `KVCache.create`, then `extend` for many tokens and
+    `step` for one. What `step` returns is overwritten by the next step.
+    """
+
+    def __init__(
+        self, graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None, batch: int
+    ) -> None:
+        self.sizes = sizes
+        self.picture = picture
+        self.capacity = table.max_length
+        self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
+        """Tokens in the cache, per row."""
+        self.next_embeds: Floats = np.zeros((batch, 1, sizes.hidden_size), dtype=np.float32)
+        """Where `step` reads the token that it adds: fill it, then call."""
+        self._graph = graph
+        self._rotary = table.rows(picture)
+        self._step: BoundGraph | None = None
+        self._step_logits: Floats = np.zeros((batch, 1, sizes.vocab_size), dtype=np.float32)
+
+    @staticmethod
+    def create(
+        graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None = None, *, batch: int = 1
+    ) -> KVCache:
+        """An empty cache for `table.max_length` tokens, of the kind that the decoder's flavour needs."""
+        kind = InPlaceCache if graph.spec.flavour == "ort" else ReturnedRowsCache
+        return kind(graph, sizes, table, picture, batch)
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def mrope_delta(self) -> int:
+        """Position minus place of every token after the picture."""
+        return self.picture.mrope_delta if self.picture else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that a full cache takes."""
+        sizes = self.sizes
+        return 2 * sizes.num_layers * self.batch * sizes.num_kv_heads * self.capacity * sizes.head_dim * 4
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from place `length` on, in every row.
+
+        Raises:
+            ValueError: a row is shorter than that.
+        """
+        if length < 0 or length > self.lengths.min():
+            raise ValueError(f"expected a length from 0 to {self.lengths.min()}, got {length}")
+        self.lengths[:] = length
+
+    def extend(
+        self, embeds: Floats, logits_rows: NDArray[np.int64], new_lengths: NDArray[np.int64] | None = None
+    ) -> Floats:
+        """Adds tokens and returns logits of some of them.
+
+        Args:
+            embeds: float32 [batch, new, hidden], new >= 1.
+            logits_rows: int64 [batch, rows], which of the new tokens; rows may be 0.
+            new_lengths: int64 [batch], how many of the new tokens count, for rows padded at the right; all by default.
+
+        Returns:
+            float32 [batch, rows, vocab].
+
+        Raises:
+            ValueError: more tokens than the cache has room for.
+        """
+        new = embeds.shape[1]
+        self._check_room(new)
+        logits = np.zeros((*logits_rows.shape, self.sizes.vocab_size), dtype=np.float32)
+        bound = self._bind(np.ascontiguousarray(embeds), np.ascontiguousarray(logits_rows), logits)
+        self._prepare(new)
+        bound.run()
+        self._keep(new)
+        self.lengths += new if new_lengths is None else new_lengths
+        return logits
+
+    def step(self) -> Floats:
+        """Adds the token in `next_embeds` to each row; returns its logits, float32 [batch, 1, vocab].
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        self._check_room(1)
+        if self._step is None or self._stale():
+            self._step = self._bind(self.next_embeds, np.zeros((self.batch, 1), dtype=np.int64), self._step_logits)
+        self._prepare(1)
+        self._step.run()
+        self._keep(1)
+        self.lengths += 1
+        return self._step_logits
+
+    def _check_room(self, new: int) -> None:
+        longest = int(self.lengths.max())
+        if longest + new > self.capacity:
+            raise ValueError(f"expected at most {self.capacity} tokens in the cache, got {longest} and {new} more")
+
+    def _cache_shape(self, rows: int) -> tuple[int, int, int, int]:
+        return self.batch, self.sizes.num_kv_heads, rows, self.sizes.head_dim
+
+    def _names(self, prefix: str) -> list[str]:
+        """Names of the cache's tensors, layer by layer, keys before values."""
+        return [f"{prefix}_{part}_{layer}" for layer in range(self.sizes.num_layers) for part in ("key", "value")]
+
+    @abstractmethod
+    def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
+        """Ties all of the graph's buffers for runs with that many new tokens."""
+
+    @abstractmethod
+    def _prepare(self, new: int) -> None:
+        """Writes lengths, positions and masks of the coming run into the bound buffers."""
+
+    @abstractmethod
+    def _keep(self, new: int) -> None:
+        """Puts the new rows where they belong, if the graph has not."""
+
+    def _stale(self) -> bool:
+        """True when the bound step no longer fits the buffers."""
+        return False
+
+
+class InPlaceCache(KVCache):
+    """For `ort` graphs: one buffer per layer, bound as past and present."""
+
+    def __init__(
+        self, graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None, batch: int
+    ) -> None:
+        super().__init__(graph, sizes, table, picture, batch)
+        shape = self._cache_shape(self.capacity)
+        self._buffers: list[Buffer] = [graph.empty(shape) for _ in range(2 * sizes.num_layers)]
+        self._seqlens_k = np.zeros(batch, dtype=np.int32)
+        self._total_length = np.zeros(1, dtype=np.int32)
+
+    def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
+        inputs = {
+            "inputs_embeds": embeds,
+            "logits_rows": logits_rows,
+            "seqlens_k": self._seqlens_k,
+            "total_length": self._total_length,
+            "rotary_cos": self._rotary[0],
+            "rotary_sin": self._rotary[1],
+            **dict(zip(self._names("past"), self._buffers, strict=True)),
+        }
+        outputs = {"logits": logits, **dict(zip(self._names("present"), self._buffers, strict=True))}
+        return self._graph.bind(inputs, outputs)
+
+    def _prepare(self, new: int) -> None:
+        np.add(self.lengths, new - 1, out=self._seqlens_k, casting="unsafe")
+        self._total_length[0] = self.lengths.max() + new
+
+    def _keep(self, new: int) -> None:
+        """Nothing to do: the graph wrote them."""
+
+
+class ReturnedRowsCache(KVCache):
+    """For `portable` graphs: they attend over the whole buffer, so it grows with the sequence, in large strides."""
+
+    STRIDE = 256
+
+    def __init__(
+        self, graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None, batch: int
+    ) -> None:
+        super().__init__(graph, sizes, table, picture, batch)
+        self._buffers: list[Floats] = [self._allocate(min(self.STRIDE, self.capacity)) for _ in self._names("past")]
+        self._rows: list[Floats] = []
+        self._bias = np.zeros(0, dtype=np.float32)
+        self._new_rotary = (self._bias, self._bias)
+        self._bound_to: tuple[int, int] = (0, 0)  # (new, rows of the buffers) of the latest binding
+
+    def _allocate(self, rows: int) -> Floats:
+        return np.zeros(self._cache_shape(rows), dtype=np.float32)
+
+    def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
+        new = embeds.shape[1]
+        self._grow(int(self.lengths.max()) + new)
+        rows = self._buffers[0].shape[2]
+        self._rows = [self._allocate(new) for _ in self._buffers]
+        self._bias = np.zeros((self.batch, 1, new, rows + new), dtype=np.float32)
+        half = self.sizes.head_dim // 2
+        self._new_rotary = (
+            np.zeros((self.batch, new, half), np.float32),
+            np.zeros((self.batch, new, half), np.float32),
+        )
+        self._bound_to = (new, rows)
+        inputs = {
+            "inputs_embeds": embeds,
+            "logits_rows": logits_rows,
+            "attention_bias": self._bias,
+            "rotary_cos": self._new_rotary[0],
+            "rotary_sin": self._new_rotary[1],
+            **dict(zip(self._names("past"), self._buffers, strict=True)),
+        }
+        return self._graph.bind(inputs, {"logits": logits, **dict(zip(self._names("new"), self._rows, strict=True))})
+
+    def _prepare(self, new: int) -> None:
+        rows = self._buffers[0].shape[2]
+        for row, length in enumerate(self.lengths):
+            self._bias[row, 0, :, :length] = 0.0
+            self._bias[row, 0, :, length:rows] = MASKED
+            self._bias[row, 0, :, rows:] = np.triu(np.full((new, new), MASKED, dtype=np.float32), k=1)
+            places = np.minimum(length + np.arange(new), self.capacity - 1)
+            self._new_rotary[0][row] = self._rotary[0][places]
+            self._new_rotary[1][row] = self._rotary[1][places]
+
+    def _keep(self, new: int) -> None:
+        for buffer, rows in zip(self._buffers, self._rows, strict=True):
+            for row, length in enumerate(self.lengths):
+                buffer[row, :, length : length + new] = rows[row]
+
+    def _stale(self) -> bool:
+        return self._bound_to != (1, self._buffers[0].shape[2]) or int(self.lengths.max()) + 1 > self._bound_to[1]
+
+    def _grow(self, needed: int) -> None:
+        rows = self._buffers[0].shape[2]
+        if needed <= rows:
+            return
+        wanted = min(self.capacity, -(-max(needed, rows) // self.STRIDE) * self.STRIDE)
+        for index, old in enumerate(self._buffers):
+            self._buffers[index] = self._allocate(wanted)
+            self._buffers[index][:, :, :rows] = old

@@ -1,0 +1,317 @@
+"""The policy at run time: a picture and a question to text, greedily, without PyTorch.
+
+look(picture):  patches ─► vision graph ─► features ─► decoder over the prefix ─► View (its KV cache)
+ask(view, question):  View cut back to its prefix ─► decoder over the question ─► token by token to the end
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segzero_rt.answer_format import FORMATS, AnswerFormat
+from segzero_rt.bundle import Bundle
+from segzero_rt.chat import Chat, TextStream
+from segzero_rt.errors import BundleError, QuestionError
+from segzero_rt.graph import Backend, Graph, resolve_backend
+from segzero_rt.graph_spec import MASKED, GraphSpec, decoder_spec, embedding_spec, vision_spec
+from segzero_rt.kv_cache import CacheSizes, KVCache
+from segzero_rt.manifest import PolicyManifest
+from segzero_rt.positions import MropeTable, PictureSpan, VisionLayout, vision_layout
+from segzero_rt.preprocess import Preprocessor
+
+VISION_ROPE_THETA = 10000.0
+"""Base of the vision tower's rotary frequencies; the same in every checkpoint of the family."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What the policy said to one question."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Tokens of the reply, without the one that ended it."""
+    finished: bool
+    """The policy ended its reply by itself; False at the token budget or when cancelled."""
+    cancelled: bool = False
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    """"question" (prefill of the question) and "decode" (all tokens of the reply)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class View:
+    """A picture that the policy has looked at: its cache ends where questions begin. One question at a time."""
+
+    cache: KVCache
+    prefix_length: int
+    timings_ms: dict[str, float]
+    """"preprocess", "vision" and "prefix" (prefill up to the question)."""
+
+
+class Policy:
+    """Vision graph, embedding graph, decoder graph and decode loop. Use `Policy.load`."""
+
+    def __init__(
+        self,
+        manifest: PolicyManifest,
+        chat: Chat,
+        *,
+        vision: Graph,
+        embedding: Graph,
+        decoder: Graph,
+        default_format: str,
+    ) -> None:
+        if chat.image_token_id != manifest.image_token_id or chat.vocab_size > manifest.vocab_size:
+            raise BundleError(
+                f"expected a tokenizer with <|image_pad|> = {manifest.image_token_id} and at most "
+                f"{manifest.vocab_size} tokens, got {chat.image_token_id} and {chat.vocab_size}; export it again"
+            )
+        self.manifest = manifest
+        self.chat = chat
+        self.default_format = FORMATS[default_format]
+        self.preprocessor = Preprocessor(
+            input_size_hw=manifest.input_size_hw,
+            patch_size=manifest.patch_size,
+            merge_size=manifest.merge_size,
+            image_mean=manifest.image_mean,
+            image_std=manifest.image_std,
+            resampler=manifest.resampler,
+        )
+        self._vision, self._embedding, self._decoder = vision, embedding, decoder
+        self._layout = _layout(manifest, self.preprocessor.grid_hw)
+        self._layout_inputs = self._layout.inputs()
+        self._rotary = MropeTable(
+            head_dim=manifest.head_dim,
+            theta=manifest.rope_theta,
+            mrope_section=manifest.mrope_section,
+            max_length=manifest.max_length,
+        )
+        self._before_picture = chat.before_picture(self.default_format.system_prompt)
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> Policy:
+        """Loads the policy's graphs and tokenizer from a bundle.
+
+        Raises:
+            BackendError: the backend is not there.
+            GraphError: a graph differs from its spec.
+            BundleError: the tokenizer does not fit the manifest.
+        """
+        manifest = bundle.manifest.policy
+        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        if bundle.manifest.answer_format not in FORMATS:
+            raise BundleError(
+                f"expected an answer format of {', '.join(FORMATS)}, got {bundle.manifest.answer_format!r}; "
+                "a newer segzero-rt may know it"
+            )
+        specs = policy_specs(manifest)
+        graphs = {
+            name: Graph.load(bundle.file(getattr(manifest.graphs, name)), spec, backend=resolved, threads=threads)
+            for name, spec in specs.items()
+        }
+        chat = Chat(bundle.file(bundle.manifest.tokenizer))
+        return cls(manifest, chat, default_format=bundle.manifest.answer_format, **graphs)
+
+    @property
+    def backend(self) -> Backend:
+        return self._decoder.backend
+
+    def look(self, image_rgb: NDArray[np.uint8]) -> View:
+        """Takes in a picture, uint8 [H, W, 3] of any size; any number of questions may follow.
+
+        Raises:
+            ImageError: not such an array.
+        """
+        clock = _Clock()
+        patches = self.preprocessor.patches(image_rgb)[self._layout.patch_order][None]
+        clock.lap("preprocess")
+        features = self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]
+        clock.lap("vision")
+        picture = PictureSpan(start=len(self._before_picture), grid_hw=self.preprocessor.grid_hw)
+        placeholders = [self.manifest.image_token_id] * picture.num_tokens
+        embeds = self._embed([*self._before_picture, *placeholders, *self.chat.after_picture()])
+        embeds[:, picture.start : picture.end] = features
+        cache = KVCache.create(self._decoder, _cache_sizes(self.manifest), self._rotary, picture)
+        cache.extend(embeds, np.zeros((1, 0), dtype=np.int64))
+        clock.lap("prefix")
+        return View(cache=cache, prefix_length=embeds.shape[1], timings_ms=clock.timings_ms)
+
+    def ask(
+        self,
+        view: View,
+        question: str,
+        *,
+        answer_format: AnswerFormat | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generation:
+        """Answers one question on a picture; earlier questions on the same view leave no trace.
+
+        Args:
+            question: any text; special tokens in it are taken as the characters that they are written with.
+            answer_format: the bundle's by default.
+            max_new_tokens: budget of the reply; the bundle's by default. Ends earlier where the context is full.
+            on_token: gets each piece of text as soon as it is certain.
+            cancelled: asked before each token; True ends the reply.
+
+        Raises:
+            QuestionError: the question is empty, or leaves no room for a reply.
+        """
+        budget = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if budget < 1:
+            raise QuestionError(f"expected a budget of at least 1 new token, got {budget}")
+        prompt = self._question_tokens(view, question, answer_format or self.default_format)
+        clock = _Clock()
+        cache = view.cache
+        cache.truncate(view.prefix_length)
+        logits = cache.extend(self._embed(prompt), np.array([[len(prompt) - 1]], dtype=np.int64))
+        clock.lap("question")
+        budget = min(budget, cache.capacity - int(cache.lengths[0]) + 1)
+        stream = TextStream(self.chat)
+        pieces: list[str] = []
+        finished = stopped = False
+        token = _NextToken(self._embedding, cache)
+        for place in range(budget):
+            if cancelled is not None and cancelled():
+                stopped = True
+                break
+            token_id = int(logits.argmax())
+            if token_id in self.manifest.eos_token_ids:
+                finished = True
+                break
+            _tell(stream.push(token_id), pieces, on_token)
+            if place + 1 < budget:
+                token.look_up(token_id)
+                logits = cache.step()
+        _tell(stream.finish(), pieces, on_token)
+        clock.lap("decode")
+        return Generation(
+            text="".join(pieces),
+            token_ids=stream.token_ids,
+            finished=finished,
+            cancelled=stopped,
+            timings_ms=clock.timings_ms,
+        )
+
+    def answer(
+        self,
+        image_rgb: NDArray[np.uint8],
+        question: str,
+        *,
+        answer_format: AnswerFormat | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generation:
+        """`look` and `ask` in one; the timings are of both.
+
+        Raises:
+            ImageError: the picture is not uint8 [H, W, 3].
+            QuestionError: the question is empty, or leaves no room for a reply.
+        """
+        view = self.look(image_rgb)
+        generation = self.ask(
+            view,
+            question,
+            answer_format=answer_format,
+            max_new_tokens=max_new_tokens,
+            on_token=on_token,
+            cancelled=cancelled,
+        )
+        return replace(generation, timings_ms={**view.timings_ms, **generation.timings_ms})
+
+    def _question_tokens(self, view: View, question: str, answer_format: AnswerFormat) -> list[int]:
+        if not answer_format.normalise_question(question).strip():
+            raise QuestionError("expected a question, got an empty one; say what to look for")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise QuestionError(f"expected a question in Unicode, got a broken character at {error.start}") from error
+        prompt = self.chat.question(answer_format.user_prompt(question))
+        room = view.cache.capacity - view.prefix_length
+        if len(prompt) >= room:
+            raise QuestionError(
+                f"expected a question that leaves room for a reply, got one of {len(question)} characters "
+                f"({len(prompt)} tokens of {room}); shorten it"
+            )
+        return prompt
+
+    def _embed(self, token_ids: list[int]) -> NDArray[np.float32]:
+        """Rows of the token table, float32 [1, tokens, hidden]."""
+        return self._embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
+
+
+class _NextToken:
+    """Looks up one token at a time, straight into the place where the cache's step reads it."""
+
+    def __init__(self, embedding: Graph, cache: KVCache) -> None:
+        self._ids = np.zeros((cache.batch, 1), dtype=np.int64)
+        self._bound = embedding.bind({"input_ids": self._ids}, {"inputs_embeds": cache.next_embeds})
+
+    def look_up(self, token_id: int) -> None:
+        self._ids[0, 0] = token_id
+        self._bound.run()
+
+
+class _Clock:
+    """Milliseconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.timings_ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.timings_ms[name] = (now - self._last) * 1e3
+        self._last = now
+
+
+def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
+    """Specs of the three graphs of a policy of these sizes, by the names that the manifest gives their files."""
+    return {
+        "vision": vision_spec(
+            patch_dim=3 * manifest.patch_size**2, head_dim=manifest.vision_head_dim, hidden_size=manifest.hidden_size
+        ),
+        "embedding": embedding_spec(hidden_size=manifest.hidden_size),
+        "decoder": decoder_spec(
+            flavour=manifest.flavour,
+            num_layers=manifest.num_layers,
+            num_kv_heads=manifest.num_kv_heads,
+            head_dim=manifest.head_dim,
+            hidden_size=manifest.hidden_size,
+            vocab_size=manifest.vocab_size,
+        ),
+    }
+
+
+def _cache_sizes(manifest: PolicyManifest) -> CacheSizes:
+    return CacheSizes(
+        num_layers=manifest.num_layers,
+        num_kv_heads=manifest.num_kv_heads,
+        head_dim=manifest.head_dim,
+        hidden_size=manifest.hidden_size,
+        vocab_size=manifest.vocab_size,
+    )
+
+
+def _layout(manifest: PolicyManifest, grid_hw: tuple[int, int]) -> VisionLayout:
+    return vision_layout(
+        grid_hw,
+        merge_size=manifest.merge_size,
+        window_tokens=manifest.window_size // (manifest.patch_size * manifest.merge_size),
+        head_dim=manifest.vision_head_dim,
+        theta=VISION_ROPE_THETA,
+        masked=MASKED,
+    )
+
+
+def _tell(piece: str, pieces: list[str], on_token: Callable[[str], None] | None) -> None:
+    if piece:
+        pieces.append(piece)
+        if on_token is not None:
+            on_token(piece)
