@@ -1,0 +1,86 @@
+"""The environment card: what a figure was measured on. Every benchmark document carries one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segzero_rt.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:  # a card of the machine alone opens no bundle
+    from segzero_rt.bundle import Bundle
+
+_PACKAGES = ("segzero-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "pillow", "tokenizers")
+
+
+def environment_card(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
+    """Machine and versions as plain JSON types; what this machine does not tell is None, never a guess."""
+    return {
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": available_cores(),
+        "memory_bytes": _total_memory_bytes(),
+        "load_average": _load_average(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: version for name in packages if (version := _version(name)) is not None},
+    }
+
+
+def bundle_card(bundle: Bundle) -> dict[str, str]:
+    """Name of a bundle and the hash of its manifest, which holds the hash of every file in it."""
+    manifest_bytes = (bundle.root / MANIFEST_NAME).read_bytes()
+    return {"name": bundle.manifest.name, "sha256": hashlib.sha256(manifest_bytes).hexdigest()}
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which a container or `taskset` can make fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _cpu_model() -> str | None:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or None
+    # x86 says "model name"; ARM kernels say "Model" or nothing at all.
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            return value.strip()
+    return None
+
+
+def _total_memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _load_average() -> list[float] | None:
+    """Over 1, 5 and 15 minutes: tells whether something else was running."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
