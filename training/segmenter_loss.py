@@ -1,0 +1,95 @@
+"""SAM's losses: focal and dice on masks, squared error on the predicted IoU, cross-entropy on "is anything there".
+
+Departures from SAM 2's training code:
+1. Masks are compared at half of the input side against area-averaged (soft) truth, not at full side against hard truth.
+2. Besides the picture-wide focal term, plain cross-entropy averaged over the neighbourhood of the truth, so that small
+   things weigh as much as large ones.
+3. The single-mask token is trained beside the best of the three ambiguous ones in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+from torch import Tensor
+
+from .segmenter_model import Predictions
+
+FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT = 20.0, 1.0, 1.0, 1.0, 0.2
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterLoss:
+    """The sum to minimise, and figures for the log."""
+
+    total: Tensor
+    single_iou: float
+    """Mean IoU of the single-mask token with the truth."""
+    chosen_iou: float
+    """Mean IoU of the ambiguous mask that the model itself scores best: what the runtime will use."""
+    best_iou: float
+    """Mean IoU of the best of the three."""
+
+
+def _mask_losses(logits: Tensor, truth: Tensor, near: Tensor) -> Tensor:
+    """(..., H, W) logits against soft truth 0..1 -> weighted loss (...)."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    probability = logits.sigmoid()
+    missed = probability + truth - 2 * probability * truth  # 1 - p_t for hard truth
+    balance = FOCAL_ALPHA * truth + (1 - FOCAL_ALPHA) * (1 - truth)
+    focal = (balance * missed**FOCAL_GAMMA * cross_entropy).mean((-2, -1))
+    overlap = (probability * truth).sum((-2, -1))
+    dice = 1 - (2 * overlap + 1) / (probability.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    local = (cross_entropy * near).sum((-2, -1)) / near.sum((-2, -1)).clamp(min=1)
+    return FOCAL_WEIGHT * focal + DICE_WEIGHT * dice + NEAR_WEIGHT * local
+
+
+def _neighbourhood(truth: Tensor) -> Tensor:
+    """1 inside the truth's bounding box grown by a tenth of the picture, else 0."""
+    reach = max(1, truth.shape[-1] // 20)
+    present = (truth > 0).float()
+    rows = F.max_pool1d(present.amax(-1).flatten(0, -2).unsqueeze(1), 2 * reach + 1, 1, reach)
+    columns = F.max_pool1d(present.amax(-2).flatten(0, -2).unsqueeze(1), 2 * reach + 1, 1, reach)
+    row_span = rows.cummax(-1).values * rows.flip(-1).cummax(-1).values.flip(-1)
+    column_span = columns.cummax(-1).values * columns.flip(-1).cummax(-1).values.flip(-1)
+    return (row_span.transpose(1, 2) * column_span).view(truth.shape)
+
+
+@torch.no_grad()
+def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
+    """(..., H, W) logits thresholded at 0 and soft truth at 0.5 -> IoU (...); two empty masks agree."""
+    predicted, wanted = logits > 0, truth > 0.5
+    union = (predicted | wanted).sum((-2, -1))
+    return torch.where(union > 0, (predicted & wanted).sum((-2, -1)) / union.clamp(min=1), 1.0)
+
+
+def segmenter_loss(predictions: Predictions, truth: Tensor) -> SegmenterLoss:
+    """Predictions for (B, N) prompts against soft truth (B, N, S/2, S/2)."""
+    logits = predictions.mask_logits.flatten(0, 1)  # (M, 4, h, w)
+    truth = truth.flatten(0, 1)  # (M, H, W)
+    there = truth.amax((-2, -1)) > 0
+    logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    wanted = truth.unsqueeze(1)
+    near = _neighbourhood(truth)
+    with torch.no_grad():
+        ious = mask_iou(logits, wanted.expand_as(logits))
+        ranking = _mask_losses(logits[:, 1:], wanted.expand_as(logits[:, 1:]), near.unsqueeze(1).expand_as(logits[:, 1:]))
+        best = 1 + ranking.argmin(1)
+    rows = torch.arange(len(best))
+    kept = torch.stack([logits[:, 0], logits[rows, best]], 1)
+    masks = _mask_losses(kept, wanted.expand_as(kept), near.unsqueeze(1).expand_as(kept)).sum(1)
+    scores = predictions.iou_scores.flatten(0, 1)
+    object_loss = F.binary_cross_entropy_with_logits(predictions.object_logits.flatten(), there.float())
+    weight = there.float() / there.float().sum().clamp(min=1)
+    iou_loss = ((scores - ious) ** 2).sum(1)
+    total = ((masks + IOU_WEIGHT * iou_loss) * weight).sum() + OBJECT_WEIGHT * object_loss
+    chosen = 1 + scores[:, 1:].argmax(1)
+    return SegmenterLoss(
+        total=total,
+        single_iou=float((ious[:, 0] * weight).sum()),
+        chosen_iou=float((ious[rows, chosen] * weight).sum()),
+        best_iou=float((ious[rows, best] * weight).sum()),
+    )

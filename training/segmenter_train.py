@@ -1,0 +1,297 @@
+"""Trains the segmenter: `train_segmenter(presets()["tabletop"], folder)`.
+
+Everything that a run needs lies in its folder: rendered pictures (`cache/`), the last checkpoint (`checkpoint.pt`), the log
+(`log.jsonl`, one line per 20 steps) and the averaged weights as a transformers folder (`hf/`). Kill it at any time and
+call it again: it goes on from the last checkpoint, and the generators are seeded by step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from tqdm import tqdm
+from transformers import Sam2Model
+
+from .segmenter_data import Picture, fill_cache, shape_pictures
+from .segmenter_loss import segmenter_loss
+from .segmenter_model import SegmenterSize, build_segmenter, decode, encode, set_side
+from .segmenter_prompts import draw_kind, draw_targets
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureSource:
+    """One kind of training picture: how to render it, how many, and its share of a batch."""
+
+    name: str
+    render: Callable[[int], Callable[[int], Picture]]
+    """Input side -> (seed -> picture)."""
+    shards: int
+    per_shard: int = 256
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A stretch of the run at one input side: coarse pictures first, since they cost a fraction."""
+
+    until_step: int
+    side: int
+    pictures_per_step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterPreset:
+    """A whole training run. Presets are functions below; the command line only names one."""
+
+    name: str
+    size: SegmenterSize = field(default_factory=SegmenterSize)
+    sources: tuple[PictureSource, ...] = ()
+    phases: tuple[Phase, ...] = (
+        Phase(until_step=3_000, side=128, pictures_per_step=12),
+        Phase(until_step=6_000, side=192, pictures_per_step=8),
+        Phase(until_step=9_000, side=256, pictures_per_step=8),
+    )
+    decay_steps: int = 3_000
+    """The learning rate falls to a hundredth, along a cosine, over the last so many steps."""
+    warmup_steps: int = 300
+    prompts_per_picture: int = 6
+    learning_rate: float = 8e-4
+    weight_decay: float = 0.05
+    ema_decay: float = 0.999
+    seed: int = 1
+    checkpoint_seconds: float = 180.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.phases[-1].side != self.size.side:
+            raise ValueError(f"expected the last phase at the model's side {self.size.side}, got {self.phases[-1].side}")
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.phases[-1].until_step
+
+    def phase(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        return next(phase for phase in self.phases if step < phase.until_step)
+
+
+def presets() -> dict[str, SegmenterPreset]:
+    """Name -> preset."""
+    shapes = PictureSource(name="shapes", render=shape_pictures, shards=100)
+    return {
+        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes,)),
+        "smoke": SegmenterPreset(
+            name="smoke",
+            size=SegmenterSize(side=64, stage_dims=(16, 32, 64, 96), stage_blocks=(1, 1, 2, 1), global_blocks=(3,), decoder_dim=32),
+            sources=(PictureSource(name="shapes", render=shape_pictures, shards=1, per_shard=8),),
+            phases=(Phase(until_step=3, side=32, pictures_per_step=2), Phase(until_step=6, side=64, pictures_per_step=2)),
+            decay_steps=2,
+            warmup_steps=2,
+            prompts_per_picture=2,
+        ),
+    }
+
+
+class PictureCache:
+    """Random pictures from the shards on disk, by the sources' shares. New shards are seen within a minute."""
+
+    def __init__(self, folder: Path, sources: tuple[PictureSource, ...], side: int) -> None:
+        self._sources = [(folder / f"{source.name}-{side}", source.share) for source in sources]
+        self._shards: list[list[np.ndarray]] = []
+        self._read_at = -math.inf
+
+    def _refresh(self) -> None:
+        if time.monotonic() - self._read_at > 60:
+            self._shards = [
+                [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))] for folder, _ in self._sources
+            ]
+            self._read_at = time.monotonic()
+
+    def draw(self, rng: np.random.Generator, side: int) -> Picture:
+        """One picture at `side`, mirrored half of the time, sometimes zoomed into."""
+        self._refresh()
+        shares = np.array([share if shards else 0.0 for (_, share), shards in zip(self._sources, self._shards, strict=True)])
+        shards = self._shards[rng.choice(len(shares), p=shares / shares.sum())]
+        shard = shards[rng.integers(len(shards))]
+        packed = np.array(shard[rng.integers(len(shard))])
+        if rng.random() < 0.5:
+            packed = packed[:, ::-1]
+        image, labels = np.ascontiguousarray(packed[..., :3]), np.ascontiguousarray(packed[..., 3:])
+        if rng.random() < 0.3:
+            image, labels = _zoom(rng, image, labels)
+        if side != image.shape[0]:
+            image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+            labels = cv2.resize(labels, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
+        return image, labels[..., 0], labels[..., 1]
+
+
+def _zoom(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    side = image.shape[0]
+    height, width = (rng.uniform(0.55, 1.0, 2) * side).astype(int)
+    top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+    window = (slice(top, top + height), slice(left, left + width))
+    image = cv2.resize(image[window], (side, side), interpolation=cv2.INTER_LINEAR)
+    return image, cv2.resize(labels[window], (side, side), interpolation=cv2.INTER_NEAREST)
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """uint8 [B, S, S, 3] RGB -> float32 (B, 3, S, S) as the model takes it."""
+    mean, std = np.float32(IMAGE_MEAN), np.float32(IMAGE_STD)
+    return torch.from_numpy((images.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def _batch(preset: SegmenterPreset, cache: PictureCache, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels (B, 3, S, S), points (B, N, P, 2), labels (B, N, P), soft truth (B, N, S/2, S/2) of one step."""
+    rng = np.random.default_rng((preset.seed, step))
+    kind = draw_kind(rng)
+    phase = preset.phase(step)
+    pictures = [cache.draw(rng, phase.side) for _ in range(phase.pictures_per_step)]
+    targets = [draw_targets(rng, instances, parts, kind, preset.prompts_per_picture) for _, instances, parts in pictures]
+    points = np.stack([[target.points_xy for target in row] for row in targets])
+    labels = np.stack([[target.labels for target in row] for row in targets])
+    masks = torch.from_numpy(np.stack([[target.mask for target in row] for row in targets])).float()
+    pixels = normalise(np.stack([image for image, _, _ in pictures]))
+    return pixels, torch.from_numpy(points), torch.from_numpy(labels), avg_pool2d(masks, 2)
+
+
+def _learning_rate(preset: SegmenterPreset, step: int) -> float:
+    rate = preset.learning_rate * min(1.0, (step + 1) / preset.warmup_steps)
+    into_decay = (step - (preset.steps - preset.decay_steps)) / preset.decay_steps
+    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, into_decay)))) if into_decay > 0 else rate
+
+
+@dataclass(slots=True)
+class _Run:
+    """What a checkpoint holds."""
+
+    model: Sam2Model
+    average: dict[str, Tensor]
+    optimiser: torch.optim.AdamW
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        temporary = path.with_suffix(".partial")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = state["step"]
+
+
+def _start(preset: SegmenterPreset) -> _Run:
+    torch.manual_seed(preset.seed)
+    model = build_segmenter(preset.size).train()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": preset.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.98))
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return _Run(model=model, average=average, optimiser=optimiser)
+
+
+@torch.no_grad()
+def _update_average(run: _Run, decay: float) -> None:
+    decay = min(decay, (1 + run.step) / (10 + run.step))
+    for name, tensor in run.model.state_dict().items():
+        if tensor.dtype.is_floating_point:
+            run.average[name].lerp_(tensor, 1 - decay)
+
+
+def save_averaged(run: _Run, size: SegmenterSize, folder: Path) -> None:
+    """Writes the averaged weights as a transformers folder (config.json, model.safetensors), whole or not at all."""
+    model = Sam2Model(size.config())
+    model.load_state_dict(run.average)
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool = True) -> Path:
+    """Trains to the preset's last step and returns the transformers folder with the averaged weights.
+
+    Args:
+        preset: see `presets()`.
+        out_dir: the run's folder; pictures are rendered into `out_dir/cache` first, where they are missing.
+        resume: go on from `out_dir/checkpoint.pt` where there is one; False starts anew (the pictures stay).
+    """
+    torch.set_num_threads(preset.threads)
+    out_dir = Path(out_dir)
+    for source in preset.sources:
+        folder = out_dir / "cache" / f"{source.name}-{preset.size.side}"
+        fill_cache(folder, source.render(preset.size.side), shards=source.shards, per_shard=source.per_shard, seed=preset.seed)
+    run = _start(preset)
+    checkpoint = out_dir / "checkpoint.pt"
+    if resume and checkpoint.exists():
+        run.load(checkpoint)
+    _loop(preset, run, out_dir)
+    return out_dir / "hf"
+
+
+def _loop(preset: SegmenterPreset, run: _Run, out_dir: Path) -> None:
+    cache = PictureCache(out_dir / "cache", preset.sources, preset.size.side)
+    saved_at = time.monotonic()
+    window: list[tuple[float, float, float, float]] = []
+    with (out_dir / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"preset": preset.name, "from_step": run.step, "size": asdict(preset.size)}) + "\n")
+        bar = tqdm(total=preset.steps, initial=run.step, desc=preset.name, mininterval=10)
+        while run.step < preset.steps:
+            window.append(_step(preset, run, cache))
+            bar.update()
+            if run.step % 20 == 0:
+                loss, single, chosen, best = np.mean(window, 0)
+                window.clear()
+                line = {"step": run.step, "loss": loss, "single_iou": single, "chosen_iou": chosen, "best_iou": best}
+                log.write(json.dumps({key: round(float(value), 4) for key, value in line.items()}) + "\n")
+                log.flush()
+                bar.set_postfix(loss=f"{loss:.3f}", iou=f"{chosen:.3f}")
+            if time.monotonic() - saved_at > preset.checkpoint_seconds or run.step == preset.steps:
+                run.save(out_dir / "checkpoint.pt")
+                save_averaged(run, preset.size, out_dir / "hf")
+                saved_at = time.monotonic()
+        bar.close()
+
+
+def _step(preset: SegmenterPreset, run: _Run, cache: PictureCache) -> tuple[float, float, float, float]:
+    """One update; loss and the three IoUs of `SegmenterLoss`."""
+    pixels, points, labels, truth = _batch(preset, cache, run.step)
+    set_side(run.model, pixels.shape[-1])
+    for group in run.optimiser.param_groups:
+        group["lr"] = _learning_rate(preset, run.step)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = decode(run.model, encode(run.model, pixels), points, labels)
+    loss = segmenter_loss(predictions, truth)
+    run.optimiser.zero_grad(set_to_none=True)
+    loss.total.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimiser.step()
+    run.step += 1
+    _update_average(run, preset.ema_decay)
+    return loss.total.item(), loss.single_iou, loss.chosen_iou, loss.best_iou
