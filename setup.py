@@ -36,6 +36,7 @@ DEV = [
     "mypy>=1.11",
     "pytest>=8",
     "ruff>=0.6",
+    "setuptools>=70.1",
     # Real photographic texture for the segmenter's training pictures; installed, never committed.
     "scikit-image>=0.22",
 ]

@@ -1,0 +1,88 @@
+"""What is installed: one top-level name, the embedded bundle, types, commands; no weights of training runs."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built from a copy: building in the checkout would leave `build/` and an egg-info behind."""
+    import shutil
+
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in _COPIED:
+        path = REPOSITORY / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source / name)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(target)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
+    (built,) = target.glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:
+    """A top-level `training` would overwrite that of another distribution."""
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"segzero_rt"}
+    assert len(tops) == 2
+
+
+def test_every_module_of_the_checkout_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    folders = {"segzero_rt": "segzero_rt", "export": "segzero_rt/export", "training": "segzero_rt/training"}
+    for folder, installed in folders.items():
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            assert f"{installed}/{path.relative_to(REPOSITORY / folder).as_posix()}" in names
+
+
+def test_the_embedded_bundle_and_the_types_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    assert "segzero_rt/py.typed" in names
+    for path in (REPOSITORY / "segzero_rt/bundles").rglob("*"):
+        if path.is_file():
+            assert path.relative_to(REPOSITORY).as_posix() in names
+
+
+def test_nothing_else_heavy_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    for info in wheel.infolist():
+        inside_bundle = info.filename.startswith("segzero_rt/bundles/")
+        assert inside_bundle or info.file_size < 300_000, f"{info.filename}: {info.file_size} bytes"
+        assert not info.filename.endswith((".safetensors", ".pt", ".pth", ".pkl", ".npz", ".pyc"))
+    assert sum(info.file_size for info in wheel.infolist()) < 30 << 20
+
+
+def test_the_metadata_names_licence_extras_and_python(wheel: zipfile.ZipFile) -> None:
+    (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = wheel.read(path).decode()
+    extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M))
+    assert extras == {"cpu", "gpu", "tensorrt", "tensorrt-rtx", "cuda", "export", "train", "eval", "ros", "dev"}
+    assert re.search(r"^Requires-Python: >=3\.10$", metadata, re.M)
+    assert re.search(r"^Version: 0\.1\.0$", metadata, re.M)
+    core = {line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line}
+    assert {re.split(r"[<>=\[; ]", line)[0].lower() for line in core} == {
+        *("numpy", "opencv-python-headless", "pillow", "tokenizers")
+    }, "the core names no backend: extras can only add"
+    assert any(name.endswith("/LICENSE") for name in wheel.namelist())
+    assert any(name.endswith("/NOTICE") for name in wheel.namelist())
+
+
+def test_the_entry_points_resolve_to_files_of_the_wheel(wheel: zipfile.ZipFile) -> None:
+    (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    entries = configparser.ConfigParser()
+    entries.read_string(wheel.read(path).decode())
+    assert dict(entries["console_scripts"]) == {"segzero": "segzero_rt.cli:main"}
+    for target in entries["segzero.commands"].values():
+        assert target.partition(":")[0].replace(".", "/") + ".py" in wheel.namelist()
