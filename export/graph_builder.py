@@ -34,6 +34,8 @@ class GraphBuilder:
         self.spec = spec
         self.storage = storage
         self.fused = fused
+        self.lossless = True
+        """False once a weight was rounded to be stored."""
         self._path: list[str] = []
         self._used: dict[str, int] = {}
         self._nodes: list[onnx.NodeProto] = []
@@ -94,7 +96,9 @@ class GraphBuilder:
             return path
         if largest > np.finfo(np.float16).max:
             raise ExportError(f"expected weights that fit into float16, got {largest} in {path}; store it as float32")
-        self._initializers.append(numpy_helper.from_array(values.astype(np.float16), path + ":float16"))
+        stored = values.astype(np.float16)
+        self.lossless &= bool(np.array_equal(stored, values))
+        self._initializers.append(numpy_helper.from_array(stored, path + ":float16"))
         return self.as_float32(path + ":float16", path)
 
     def external_weight(self, name: str, shape: tuple[int, int], location: str) -> str:

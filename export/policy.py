@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from segzero_rt.errors import ExportError
 from segzero_rt.manifest import PolicyGraphs, PolicyManifest
-from segzero_rt.policy import VISION_ROPE_THETA
+from segzero_rt.policy import VISION_ROPE_THETA, Policy
 
+from .gate import EXACT, QUESTIONS, ROUNDED, gate_policy, plain_pictures
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
 from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
@@ -27,6 +33,8 @@ class PolicyExport:
     tokenizer: str
     files: dict[str, Path]
     """Path inside the bundle to the file that was written."""
+    gate: dict[str, Any]
+    """Figures of `gate_policy`."""
 
 
 def export_policy(
@@ -39,8 +47,11 @@ def export_policy(
     resampler: str = "pillow_bilinear",
     max_length: int = 4096,
     max_new_tokens: int = 512,
+    answer_format: str = "vision_reasoner",
+    gate_pictures: Sequence[NDArray[np.uint8]] = (),
+    gate_questions: Sequence[str] = QUESTIONS,
 ) -> PolicyExport:
-    """Writes the graphs of a policy into `out_dir`.
+    """Writes the graphs of a policy into `out_dir`, and compares them with PyTorch.
 
     Args:
         hf_folder: `config.json`, safetensors and `tokenizer.json`.
@@ -50,9 +61,12 @@ def export_policy(
         resampler: what training resized with.
         max_length: tokens of the cache, for prefix, picture, question and reply together.
         max_new_tokens: default budget of a reply.
+        answer_format: whose prompts the gate asks with.
+        gate_pictures: uint8 [H, W, 3] of any size; some patches of colour by default.
+        gate_questions: asked on each of them.
 
     Raises:
-        ExportError: the checkpoint is incomplete, or has a part that the graphs cannot express.
+        ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, or the gate failed.
     """
     checkpoint = PolicyCheckpoint(hf_folder)
     if checkpoint.vision.rope_theta != VISION_ROPE_THETA:
@@ -62,16 +76,36 @@ def export_policy(
         raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
-    write_token_table(checkpoint, folder, storage=storage)
-    build_embedding(checkpoint, storage=storage).save(folder / "embedding.onnx")
-    build_vision(checkpoint, flavour=flavour, storage=storage).save(folder / "vision.onnx")
-    build_decoder(checkpoint, flavour=flavour, storage=storage).save(folder / "decoder.onnx")
+    lossless = write_token_table(checkpoint, folder, storage=storage)
+    for name, builder in (
+        ("embedding", build_embedding(checkpoint, storage=storage)),
+        ("vision", build_vision(checkpoint, flavour=flavour, storage=storage)),
+        ("decoder", build_decoder(checkpoint, flavour=flavour, storage=storage)),
+    ):
+        builder.save(folder / f"{name}.onnx")
+        lossless &= builder.lossless
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens)
+    policy = Policy.from_files(
+        manifest,
+        {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")},
+        folder / "tokenizer.json",
+        answer_format=answer_format,
+        backend="cpu",
+    )
+    gate = gate_policy(
+        hf_folder,
+        policy,
+        pictures=gate_pictures or plain_pictures(),
+        questions=gate_questions,
+        limits=EXACT if lossless else ROUNDED,
+    )
     names = ("embedding.onnx", "vision.onnx", "decoder.onnx", TABLE_FILE, "tokenizer.json")
     return PolicyExport(
-        manifest=_manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens),
+        manifest=manifest,
         tokenizer="policy/tokenizer.json",
         files={f"policy/{name}": folder / name for name in names},
+        gate=gate,
     )
 
 

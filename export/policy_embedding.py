@@ -17,8 +17,8 @@ TABLE_FILE = "token_table.bin"
 _TABLE_KEY = "model.language_model.embed_tokens.weight"
 
 
-def write_token_table(checkpoint: PolicyCheckpoint, folder: Path, *, storage: str) -> None:
-    """Writes the token table, [vocab, hidden], as raw little-endian numbers."""
+def write_token_table(checkpoint: PolicyCheckpoint, folder: Path, *, storage: str) -> bool:
+    """Writes the token table, [vocab, hidden], as raw little-endian numbers. Returns whether none was rounded."""
     table = checkpoint.tensor(_TABLE_KEY, (checkpoint.text.vocab_size, checkpoint.text.hidden_size))
     stored = table.astype(np.dtype(storage).newbyteorder("<"))
     if not np.isfinite(stored).all():
@@ -26,6 +26,7 @@ def write_token_table(checkpoint: PolicyCheckpoint, folder: Path, *, storage: st
     temporary = folder / (TABLE_FILE + ".part")
     temporary.write_bytes(stored.tobytes())
     temporary.replace(folder / TABLE_FILE)
+    return bool(np.array_equal(stored, table))
 
 
 def build_embedding(checkpoint: PolicyCheckpoint, *, storage: str) -> GraphBuilder:

@@ -32,11 +32,10 @@ class Chat:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_path))
         except Exception as error:  # tokenizers raises bare Exception, and nothing narrower
             raise BundleError(f"expected a tokenizer at {tokenizer_path}, got: {error}") from error
-        known = self._tokenizer.get_vocab(with_added_tokens=True)
         for token in _SPECIAL_TOKENS:
-            if token not in known:
+            if self._tokenizer.token_to_id(token) is None:
                 raise BundleError(f"expected the special token {token} in {tokenizer_path}, got none")
-        self.image_token_id = int(known["<|image_pad|>"])
+        self.image_token_id: int = self._tokenizer.encode("<|image_pad|>", add_special_tokens=False).ids[0]
 
     @property
     def vocab_size(self) -> int:

@@ -7,8 +7,9 @@ ask(view, question):  View cut back to its prefix ─► decoder over the questi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class Policy:
         vision: Graph,
         embedding: Graph,
         decoder: Graph,
-        default_format: str,
+        answer_format: AnswerFormat,
     ) -> None:
         if chat.image_token_id != manifest.image_token_id or chat.vocab_size > manifest.vocab_size:
             raise BundleError(
@@ -72,7 +73,7 @@ class Policy:
             )
         self.manifest = manifest
         self.chat = chat
-        self.default_format = FORMATS[default_format]
+        self.default_format = answer_format
         self.preprocessor = Preprocessor(
             input_size_hw=manifest.input_size_hw,
             patch_size=manifest.patch_size,
@@ -91,6 +92,9 @@ class Policy:
             max_length=manifest.max_length,
         )
         self._before_picture = chat.before_picture(self.default_format.system_prompt)
+        placeholders = [manifest.image_token_id] * (self.preprocessor.grid_hw[0] * self.preprocessor.grid_hw[1])
+        self.prefix_tokens = [*self._before_picture, *placeholders, *chat.after_picture()]
+        """Tokens of every view, up to where questions begin."""
 
     @classmethod
     def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> Policy:
@@ -101,20 +105,46 @@ class Policy:
             GraphError: a graph differs from its spec.
             BundleError: the tokenizer does not fit the manifest.
         """
-        manifest = bundle.manifest.policy
-        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
-        if bundle.manifest.answer_format not in FORMATS:
+        manifest = bundle.manifest
+        graphs = {
+            name: bundle.file(getattr(manifest.policy.graphs, name)) for name in ("vision", "embedding", "decoder")
+        }
+        return cls.from_files(
+            manifest.policy,
+            graphs,
+            bundle.file(manifest.tokenizer),
+            answer_format=manifest.answer_format,
+            backend=backend,
+            threads=threads,
+        )
+
+    @classmethod
+    def from_files(
+        cls,
+        manifest: PolicyManifest,
+        graphs: Mapping[str, Path],
+        tokenizer: Path,
+        *,
+        answer_format: str,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+    ) -> Policy:
+        """Loads a policy that is not in a bundle yet; `graphs` are the files of "vision", "embedding" and "decoder".
+
+        Raises:
+            as `load`.
+        """
+        if answer_format not in FORMATS:
             raise BundleError(
-                f"expected an answer format of {', '.join(FORMATS)}, got {bundle.manifest.answer_format!r}; "
+                f"expected an answer format of {', '.join(FORMATS)}, got {answer_format!r}; "
                 "a newer segzero-rt may know it"
             )
-        specs = policy_specs(manifest)
-        graphs = {
-            name: Graph.load(bundle.file(getattr(manifest.graphs, name)), spec, backend=resolved, threads=threads)
-            for name, spec in specs.items()
+        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        loaded = {
+            name: Graph.load(graphs[name], spec, backend=resolved, threads=threads)
+            for name, spec in policy_specs(manifest).items()
         }
-        chat = Chat(bundle.file(bundle.manifest.tokenizer))
-        return cls(manifest, chat, default_format=bundle.manifest.answer_format, **graphs)
+        return cls(manifest, Chat(tokenizer), answer_format=FORMATS[answer_format], **loaded)
 
     @property
     def backend(self) -> Backend:
@@ -127,13 +157,12 @@ class Policy:
             ImageError: not such an array.
         """
         clock = _Clock()
-        patches = self.preprocessor.patches(image_rgb)[self._layout.patch_order][None]
+        patches = self._patches(image_rgb)
         clock.lap("preprocess")
-        features = self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]
+        features = self._features(patches)
         clock.lap("vision")
         picture = PictureSpan(start=len(self._before_picture), grid_hw=self.preprocessor.grid_hw)
-        placeholders = [self.manifest.image_token_id] * picture.num_tokens
-        embeds = self._embed([*self._before_picture, *placeholders, *self.chat.after_picture()])
+        embeds = self.embed(self.prefix_tokens)
         embeds[:, picture.start : picture.end] = features
         cache = KVCache.create(self._decoder, _cache_sizes(self.manifest), self._rotary, picture)
         cache.extend(embeds, np.zeros((1, 0), dtype=np.int64))
@@ -165,11 +194,11 @@ class Policy:
         budget = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if budget < 1:
             raise QuestionError(f"expected a budget of at least 1 new token, got {budget}")
-        prompt = self._question_tokens(view, question, answer_format or self.default_format)
+        prompt = self.question_tokens(question, answer_format)
         clock = _Clock()
         cache = view.cache
         cache.truncate(view.prefix_length)
-        logits = cache.extend(self._embed(prompt), np.array([[len(prompt) - 1]], dtype=np.int64))
+        logits = cache.extend(self.embed(prompt), np.array([[len(prompt) - 1]], dtype=np.int64))
         clock.lap("question")
         budget = min(budget, cache.capacity - int(cache.lengths[0]) + 1)
         stream = TextStream(self.chat)
@@ -225,15 +254,30 @@ class Policy:
         )
         return replace(generation, timings_ms={**view.timings_ms, **generation.timings_ms})
 
-    def _question_tokens(self, view: View, question: str, answer_format: AnswerFormat) -> list[int]:
-        if not answer_format.normalise_question(question).strip():
+    def features(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the vision tower makes of a picture, float32 [tokens, hidden] in raster order.
+
+        Raises:
+            ImageError: the picture is not uint8 [H, W, 3].
+        """
+        features: NDArray[np.float32] = self._features(self._patches(image_rgb))[0]
+        return features
+
+    def question_tokens(self, question: str, answer_format: AnswerFormat | None = None) -> list[int]:
+        """Tokens from the picture's end to where the reply begins.
+
+        Raises:
+            QuestionError: the question is empty, or leaves no room for a reply.
+        """
+        form = answer_format or self.default_format
+        if not form.normalise_question(question).strip():
             raise QuestionError("expected a question, got an empty one; say what to look for")
         try:
             question.encode()
         except UnicodeEncodeError as error:
             raise QuestionError(f"expected a question in Unicode, got a broken character at {error.start}") from error
-        prompt = self.chat.question(answer_format.user_prompt(question))
-        room = view.cache.capacity - view.prefix_length
+        prompt = self.chat.question(form.user_prompt(question))
+        room = self.manifest.max_length - len(self.prefix_tokens)
         if len(prompt) >= room:
             raise QuestionError(
                 f"expected a question that leaves room for a reply, got one of {len(question)} characters "
@@ -241,7 +285,14 @@ class Policy:
             )
         return prompt
 
-    def _embed(self, token_ids: list[int]) -> NDArray[np.float32]:
+    def _patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """In window order, [1, patches, patch_dim]."""
+        return self.preprocessor.patches(image_rgb)[self._layout.patch_order][None]
+
+    def _features(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]
+
+    def embed(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Rows of the token table, float32 [1, tokens, hidden]."""
         return self._embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
 

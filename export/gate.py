@@ -1,0 +1,200 @@
+"""Compares exported policy graphs with PyTorch in float32, and refuses the export when they differ too much.
+
+Per graph: features of the vision tower, and logits of the decoder with PyTorch's own reply forced upon both. Then end
+to end: the tokens that both choose by themselves. Where storing changed no weight, those must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segzero_rt.errors import ExportError
+from segzero_rt.kv_cache import KVCache
+from segzero_rt.policy import Policy
+
+QUESTIONS = ("the red cup", "what would you use to cut paper?", "everything that is left of the largest object")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateLimits:
+    """What an export must reach."""
+
+    max_vision_error: float = 1e-4
+    """`|graph - reference| / |reference|` of one picture's features."""
+    max_kl: float = 1e-6
+    """Largest Kullback-Leibler divergence of one place of a reply, in nats."""
+    min_top1: float = 1.0
+    """Share of places where both prefer the same token."""
+    same_tokens: bool = True
+    """Replies must be equal to the last token."""
+
+
+EXACT = GateLimits()
+"""For weights that are stored without loss."""
+ROUNDED = GateLimits(max_vision_error=2e-2, max_kl=2e-2, min_top1=0.98, same_tokens=False)
+"""For weights that storing rounds to 16 bits."""
+
+
+def gate_policy(
+    hf_folder: Path,
+    policy: Policy,
+    *,
+    pictures: Sequence[NDArray[np.uint8]],
+    questions: Sequence[str] = QUESTIONS,
+    limits: GateLimits = EXACT,
+    max_new_tokens: int = 64,
+) -> dict[str, Any]:
+    """Measures a policy against its checkpoint in PyTorch, every question on every picture.
+
+    Returns:
+        figures for the manifest: `vision_error`, `kl_mean`, `kl_max`, `top1`, `max_abs_logit`, `same_tokens` (share of
+        equal replies), how many were tried, and the limits.
+
+    Raises:
+        ExportError: a figure is beyond its limit.
+    """
+    if not pictures or not questions:
+        raise ExportError(f"expected pictures and questions for the gate, got {len(pictures)} and {len(questions)}")
+    reference = _Reference(hf_folder, policy)
+    vision_errors: list[float] = []
+    places: list[_Places] = []
+    equal = 0
+    for picture in pictures:
+        view = policy.look(picture)
+        features = reference.look(picture)
+        vision_errors.append(_relative_error(policy.features(picture), features))
+        for question in questions:
+            reply, logits = reference.ask(question, max_new_tokens)
+            places.append(_compare(_forced_logits(policy, view.cache, question, reply), logits))
+            generation = policy.ask(view, question, max_new_tokens=max_new_tokens)
+            equal += list(generation.token_ids) == [t for t in reply if t not in policy.manifest.eos_token_ids]
+    record = {
+        "pictures": len(pictures),
+        "questions": len(places),
+        "vision_error": max(vision_errors),
+        "kl_mean": float(np.mean([place.kl.mean() for place in places])),
+        "kl_max": float(max(place.kl.max() for place in places)),
+        "top1": float(np.mean(np.concatenate([place.agree for place in places]))),
+        "max_abs_logit": max(place.max_abs for place in places),
+        "same_tokens": equal / len(places),
+        "limits": asdict(limits),
+    }
+    _check(record, limits)
+    return record
+
+
+def plain_pictures(count: int = 2, size_hw: tuple[int, int] = (240, 320)) -> list[NDArray[np.uint8]]:
+    """Pictures of coloured patches with some noise, for an export without pictures of its own."""
+    pictures = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        patches = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((size_hw[0] // 4, size_hw[1] // 4, 1)))
+        pictures.append(np.clip(patches + rng.normal(0, 8, patches.shape), 0, 255).astype(np.uint8))
+    return pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Comparison at each place of one reply."""
+
+    kl: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+    max_abs: float
+
+
+class _Reference:
+    """The checkpoint in transformers, float32, fed with exactly the tokens and patches that the runtime makes."""
+
+    def __init__(self, hf_folder: Path, policy: Policy) -> None:
+        import torch
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self._torch = torch
+        self._policy = policy
+        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_folder, dtype=torch.float32).eval()
+        rows, columns = (length * policy.manifest.merge_size for length in policy.preprocessor.grid_hw)
+        self._grid = torch.tensor([[1, rows, columns]])
+        self._patches: Any = None
+
+    def look(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Sets the picture; returns its features, [tokens, hidden]."""
+        manifest = self._policy.manifest
+        frame = self._policy.preprocessor.patches(image_rgb)
+        by_channel = frame.reshape(len(frame), 3, 1, -1)
+        frames = np.repeat(by_channel, manifest.temporal_patch_size, axis=2).reshape(len(frame), -1)
+        self._patches = self._torch.from_numpy(frames)
+        with self._torch.no_grad():
+            features: NDArray[np.float32] = self._model.model.visual(self._patches, self._grid).pooler_output.numpy()
+        return features
+
+    def ask(self, question: str, max_new_tokens: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Greedy reply, with the token that ended it, and the logits that chose each of its tokens."""
+        policy = self._policy
+        ids = self._torch.tensor([[*policy.prefix_tokens, *policy.question_tokens(question)]])
+        with self._torch.no_grad():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=self._torch.ones_like(ids),
+                pixel_values=self._patches,
+                image_grid_thw=self._grid,
+                mm_token_type_ids=(ids == policy.manifest.image_token_id).int(),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(policy.manifest.eos_token_ids),
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        reply = output.sequences[0, ids.shape[1] :].tolist()
+        return reply, np.concatenate([step.float().numpy() for step in output.logits])
+
+
+def _forced_logits(policy: Policy, cache: KVCache, question: str, reply: list[int]) -> NDArray[np.float32]:
+    """The graphs' logits at each place of `reply`, in one run."""
+    prompt = policy.question_tokens(question)
+    cache.truncate(len(policy.prefix_tokens))
+    rows = np.arange(len(prompt) - 1, len(prompt) + len(reply) - 1, dtype=np.int64)[None]
+    return cache.extend(policy.embed([*prompt, *reply[:-1]]), rows)[0]
+
+
+def _compare(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> _Places:
+    got, want = _log_softmax(logits), _log_softmax(reference)
+    return _Places(
+        kl=np.maximum((np.exp(want) * (want - got)).sum(axis=-1), 0.0),
+        agree=logits.argmax(axis=-1) == reference.argmax(axis=-1),
+        max_abs=float(np.abs(logits - reference).max()),
+    )
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    normalised: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return normalised
+
+
+def _relative_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def _check(record: dict[str, Any], limits: GateLimits) -> None:
+    """Comparisons are written so that a NaN fails."""
+    failures = [
+        f"{name} {record[name]:.3g} (limit {limit:.3g})"
+        for name, limit, passed in (
+            ("vision_error", limits.max_vision_error, record["vision_error"] <= limits.max_vision_error),
+            ("kl_max", limits.max_kl, record["kl_max"] <= limits.max_kl),
+            ("top1", limits.min_top1, record["top1"] >= limits.min_top1),
+            ("same_tokens", 1.0, record["same_tokens"] == 1.0 or not limits.same_tokens),
+        )
+        if not passed
+    ]
+    if failures:
+        raise ExportError(
+            f"the policy's graphs differ from PyTorch: {', '.join(failures)}; nothing was kept. Export with float32 "
+            "storage to tell rounding from a fault"
+        )
