@@ -1,0 +1,255 @@
+"""`segzero export`: checkpoints to a bundle, gated against PyTorch, written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segzero_rt import __version__
+from segzero_rt.answer_format import FORMATS
+from segzero_rt.bundle import Bundle, write_bundle
+from segzero_rt.commands.options import positive_integer
+from segzero_rt.commands.output import print_document
+from segzero_rt.errors import ExportError
+from segzero_rt.manifest import RESAMPLERS, Manifest
+
+if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
+    from .policy import PolicyExport
+    from .segmenter import SegmenterExport
+
+NAME = "export"
+HELP = "checkpoints to a bundle: ONNX graphs, gated against PyTorch"
+
+_EPILOG = """examples:
+  segzero export tabletop --policy runs/policy --segmenter runs/segmenter --out segzero_rt/bundles/tabletop --overwrite
+  segzero export tabletop --policy runs/policy --base segzero_rt/bundles/tabletop --out runs/next-bundle
+  segzero export vision-reasoner --policy VisionReasoner-7B --segmenter sam2.1-hiera-large --out bundles/vr-7b
+
+Checkpoints are folders as transformers saves them. Pictures for the gate: --gate-images, by default patches of colour.
+exit status: 0 written, 2 a checkpoint cannot be exported or a gate failed; nothing is written then"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """What a family of checkpoints was trained with, and how it is stored."""
+
+    name: str
+    input_size_hw: tuple[int, int]
+    """Pictures are resized to this, without keeping their aspect."""
+    resampler: str
+    answer_format: str
+    max_length: int
+    """Tokens of prompt, picture and reply."""
+    max_new_tokens: int
+    flavour: str = "ort"
+    storage: str = "float16"
+    """Weights in the files; everything is computed in float32."""
+
+    def __post_init__(self) -> None:
+        if self.answer_format not in FORMATS or self.resampler not in RESAMPLERS:
+            raise ValueError(f"expected a known format and resampler, got {self.answer_format}, {self.resampler}")
+
+
+def tabletop() -> Preset:
+    """The pair that this repository trains."""
+    return Preset(
+        name="tabletop",
+        input_size_hw=(280, 280),
+        resampler="pillow_bilinear",
+        answer_format="vision_reasoner",
+        max_length=1024,
+        max_new_tokens=192,
+    )
+
+
+def vision_reasoner() -> Preset:
+    """VisionReasoner-7B and its kin: 840 x 840 pixels, resized with Pillow's bilinear filter."""
+    return Preset(
+        name="vision-reasoner",
+        input_size_hw=(840, 840),
+        resampler="pillow_bilinear",
+        answer_format="vision_reasoner",
+        max_length=4096,
+        max_new_tokens=1024,
+    )
+
+
+def seg_zero() -> Preset:
+    """Seg-Zero-7B: as VisionReasoner, with its own prompt and one object."""
+    return replace(vision_reasoner(), name="seg-zero", answer_format="seg_zero")
+
+
+PRESETS = {"tabletop": tabletop, "vision-reasoner": vision_reasoner, "seg-zero": seg_zero}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EPILOG
+    parser.add_argument("preset", choices=tuple(PRESETS), help="the family that the policy belongs to")
+    parser.add_argument("--policy", type=Path, metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
+    parser.add_argument("--segmenter", type=Path, metavar="DIR", help="config.json, *.safetensors of a Sam2Model")
+    parser.add_argument("--base", type=Path, metavar="BUNDLE", help="take the part that is not given from this bundle")
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="where the bundle is written")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a bundle that is there, once the new is whole"
+    )
+    parser.add_argument("--name", help="name in the manifest (default: the preset's)")
+    parser.add_argument("--format", choices=tuple(FORMATS), help="default answer format (default: the preset's)")
+    parser.add_argument("--flavour", choices=("ort", "portable"), help="decoder flavour (default: the preset's)")
+    parser.add_argument(
+        "--storage", choices=("float16", "float32"), help="weights in the files (default: the preset's)"
+    )
+    parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens of the KV cache")
+    parser.add_argument("--gate-images", type=Path, metavar="DIR", help="pictures that the gates compare on")
+    parser.add_argument("--gate-count", type=positive_integer, default=4, metavar="N", help="at most N of them (4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    preset = _preset(arguments)
+    base = Bundle.open(arguments.base) if arguments.base else None
+    if (arguments.policy is None or arguments.segmenter is None) and base is None:
+        raise ExportError("expected --policy and --segmenter, or --base with the part that is not given")
+    pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
+    with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
+        work = Path(temporary)
+        policy = _export_policy(arguments.policy, work, preset, pictures) if arguments.policy else None
+        segmenter = _export_segmenter(arguments.segmenter, work, preset, pictures) if arguments.segmenter else None
+        manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
+        _say("trying the bundle in a process of its own")
+        trial = write_bundle(work / "trial", manifest, files)
+        manifest = replace(manifest, memory_bytes={"cpu_peak": _peak_memory_bytes(trial)})
+        bundle = write_bundle(arguments.out, manifest, files, overwrite=arguments.overwrite)
+    document = {
+        "bundle": str(bundle.root),
+        "name": manifest.name,
+        "num_bytes": bundle.num_bytes,
+        "gates": dict(manifest.gates),
+        "memory_bytes": dict(manifest.memory_bytes),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    if arguments.json:
+        print_document(document)
+    else:
+        for name, figures in manifest.gates.items():
+            print(f"gate {name}: {json.dumps(figures)}")
+        print(f"{bundle.root}: {bundle.num_bytes / 2**20:.1f} MiB, written in {document['seconds']} s")
+    return 0
+
+
+def assemble(
+    preset: Preset,
+    name: str,
+    policy: PolicyExport | None,
+    segmenter: SegmenterExport | None,
+    base: Bundle | None,
+) -> tuple[Manifest, dict[str, Path | bytes]]:
+    """The manifest and the files of a bundle; a part that is None is taken from `base`.
+
+    Raises:
+        ExportError: a part is missing in both.
+    """
+    if base is None and (policy is None or segmenter is None):
+        raise ExportError("expected both parts, or a bundle to take the other from")
+    files: dict[str, Path | bytes] = {}
+    gates: dict[str, Any] = {}
+    for part, folder in ((policy, "policy"), (segmenter, "segmenter")):
+        if part is not None:
+            files.update(part.files)
+            gates[folder] = dict(part.gate)
+        elif base is not None:
+            files.update({path: base.file(path) for path in base.manifest.files if path.startswith(f"{folder}/")})
+            gates[folder] = base.manifest.gates.get(folder, {})
+    parts = base.manifest if base is not None else None
+    manifest = Manifest(
+        name=name,
+        created_by=f"segzero-rt {__version__}",
+        answer_format=preset.answer_format,
+        policy=policy.manifest if policy is not None else parts.policy,  # type: ignore[union-attr]
+        segmenter=segmenter.manifest if segmenter is not None else parts.segmenter,  # type: ignore[union-attr]
+        tokenizer=policy.tokenizer if policy is not None else parts.tokenizer,  # type: ignore[union-attr]
+        gates=gates,
+    )
+    return manifest, files
+
+
+def _preset(arguments: argparse.Namespace) -> Preset:
+    given = {
+        "answer_format": arguments.format,
+        "flavour": arguments.flavour,
+        "storage": arguments.storage,
+        "max_length": arguments.max_length,
+    }
+    return replace(PRESETS[arguments.preset](), **{name: value for name, value in given.items() if value is not None})
+
+
+def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> PolicyExport:
+    _check_checkpoint(folder, "--policy")
+    export_policy = _imported("policy").export_policy
+    _say(f"policy: {folder}")
+    exported: PolicyExport = export_policy(
+        folder,
+        work,
+        input_size_hw=preset.input_size_hw,
+        flavour=preset.flavour,
+        storage=preset.storage,
+        resampler=preset.resampler,
+        max_length=preset.max_length,
+        max_new_tokens=preset.max_new_tokens,
+        answer_format=preset.answer_format,
+        gate_pictures=pictures,
+    )
+    return exported
+
+
+def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> SegmenterExport:
+    _check_checkpoint(folder, "--segmenter")
+    export_segmenter = _imported("segmenter").export_segmenter
+    _say(f"segmenter: {folder}")
+    exported: SegmenterExport = export_segmenter(folder, work, storage=preset.storage, gate_pictures=pictures)
+    return exported
+
+
+def _imported(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ImportError as error:
+        raise ExportError(f"expected PyTorch and its companions: {error}; install segzero-rt[export]") from error
+
+
+def _check_checkpoint(folder: Path, option: str) -> None:
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ExportError(f"{option} {folder}: expected a folder with config.json and *.safetensors, got none there")
+
+
+def _gate_pictures(folder: Path | None, count: int) -> list[Any]:
+    if folder is None:
+        return []
+    from segzero_rt.image import load_image
+
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not paths:
+        raise ExportError(f"--gate-images {folder}: expected PNG or JPEG pictures, got none there")
+    return [load_image(path) for path in paths[:: max(1, len(paths) // count)][:count]]
+
+
+def _peak_memory_bytes(bundle: Bundle) -> int:
+    """Runs the bundle in a fresh process, which also proves that it runs without PyTorch."""
+    command = [sys.executable, "-m", "segzero_rt.cli", "doctor", str(bundle.root), "--backend", "cpu", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ExportError(f"the bundle does not run: {' '.join(result.stderr.split())[-300:]}; nothing was written")
+    return int(json.loads(result.stdout)["trial"]["peak_memory_bytes"])
+
+
+def _say(text: str) -> None:
+    print(f"export: {text}", file=sys.stderr, flush=True)
