@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .canvas import SIDE, Canvas, Plane
-from .object_kinds import COLOURS, KINDS, MATERIAL_SHINE, PAIR_NOUNS, Look
+from .object_kinds import COLOURS, KINDS, MATERIAL_SHINE, Look
 from .table_tops import draw_table_top
 
 SPLITS = (
@@ -68,16 +68,6 @@ class SceneObject:
     def centre_xy(self) -> tuple[float, float]:
         left, top, right, bottom = self.box_xyxy
         return (left + right) / 2, (top + bottom) / 2
-
-    @property
-    def name(self) -> str:
-        """`red mug`; `red pair of scissors` is left to the caller."""
-        return f"{self.colour} {self.kind}"
-
-    @property
-    def article_name(self) -> str:
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return f"{article} {self.colour} pair of {self.kind}" if self.kind in PAIR_NOUNS else f"{article} {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

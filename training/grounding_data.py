@@ -1,0 +1,261 @@
+"""Packed training batches: many questions on each cached picture, with labels for the text and for the read-outs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from segzero_rt.answer_format import SEG_ZERO, SYSTEM_PROMPT, VISION_REASONER, AnswerFormat, AnswerObject
+
+from .object_kinds import COLOURS, KINDS
+from .policy_model import GRID, INPUT_SIDE, Layout
+from .questions import ATTRIBUTE, NAME, NONE, RELATION, SEVERAL, Asker, Question, article_name, where
+from .scene_cache import OWNER_GRID, CachedObject, SceneCache
+from .tokenizer import OBJECT_STARTS
+from .visual_questions import ask_about_picture, ask_about_world
+
+IGNORED = -100
+CELLS = GRID * GRID
+SIZE_HW = (INPUT_SIDE, INPUT_SIDE)
+KIND_INDEX = {kind: number for number, kind in enumerate(KINDS)}
+COLOUR_INDEX = {colour: number for number, colour in enumerate(COLOURS)}
+
+SHORT, LONG, EVERYTHING, PLAIN = 80, 152, 310, 36
+"""Token budgets of a question: one object or none, several, all objects of the picture, plain text answers."""
+
+SHORT_KINDS = (NAME, ATTRIBUTE, RELATION, NONE)
+SHORT_SHARES = (0.26, 0.26, 0.32, 0.16)
+
+SINGLE_FORMAT_SHARE = 0.15
+"""Share of questions asked in Seg-Zero's single-object format."""
+SWAPPED_THINKING_SHARE = 0.12
+"""Share of questions whose thinking names another object, with that object's answer and no loss on the thinking: it teaches
+that the answer follows the thinking, whatever was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Shapes: B pictures, S packed tokens, V = 100 cells, Q pointers, R boxes."""
+
+    pixels: Tensor
+    """uint8 [B, 280, 280, 3]."""
+    token_ids: Tensor
+    """int64 [B, S]."""
+    labels: Tensor
+    """int64 [B, S], the next token, or -100 where nothing is learnt."""
+    cell_kinds: Tensor
+    """int64 [B, V], index into KINDS, its length = table."""
+    cell_colours: Tensor
+    cell_boxes: Tensor
+    """float32 [B, V, 4], box of the cell's object in [0, 1]; NaN on the table."""
+    pointer_at: Tensor
+    """int64 [Q, 2]: picture, token that must point."""
+    pointer_to: Tensor
+    """float32 [Q, V + 1]: distribution over cells; the last entry stands for `nothing`."""
+    box_at: Tensor
+    """int64 [R, 2]: picture, token after which the coordinates follow."""
+    box_to: Tensor
+    """float32 [R, 4], xyxy in [0, 1]."""
+
+
+@dataclass
+class _Segment:
+    token_ids: list[int]
+    num_prompt: int
+    targets: tuple[int, ...]
+    silent: tuple[int, int] = (0, 0)
+    """Token range without loss: swapped thinking."""
+    grounded: bool = True
+
+
+@dataclass
+class _Rows:
+    pointer_at: list[tuple[int, int]] = field(default_factory=list)
+    pointer_to: list[NDArray[np.float32]] = field(default_factory=list)
+    box_at: list[tuple[int, int]] = field(default_factory=list)
+    box_to: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+
+class GroundingData:
+    """Draws packed batches from a cache, deterministically from its own generator."""
+
+    def __init__(self, cache: SceneCache, tokenizer: Tokenizer, split: str = "train") -> None:
+        self.cache, self.tokenizer, self.split = cache, tokenizer, split
+        self.end = tokenizer.token_to_id("<|im_end|>")
+        self.pad = tokenizer.token_to_id("<|endoftext|>")
+        self.object_starts = {tokenizer.token_to_id(phrase) for phrase in OBJECT_STARTS}
+        self.think_close = tokenizer.token_to_id("</think>")
+        head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
+        self.text_prefix = tokenizer.encode(head, add_special_tokens=False).ids
+        pads = [tokenizer.token_to_id("<|image_pad|>")] * CELLS
+        vision = [tokenizer.token_to_id("<|vision_start|>"), *pads, tokenizer.token_to_id("<|vision_end|>")]
+        self.prefix = self.text_prefix + vision
+        self.turn = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
+
+    def layout(self, *groups: tuple[int, int]) -> Layout:
+        return Layout(prefix_length=len(self.prefix), image_start=len(self.text_prefix) + 1, groups=groups)
+
+    def batch(self, rng: np.random.Generator, scenes: NDArray[np.int64], layout: Layout) -> Batch:
+        """One packed row per scene index; every other draw mirrors the picture."""
+        rows = _Rows()
+        pixels, ids, labels, kinds, colours, boxes = [], [], [], [], [], []
+        for number, scene in enumerate(scenes):
+            mirrored = bool(rng.random() < 0.5)
+            picture, owners, things = self._scene(int(scene), mirrored)
+            cover = _coverage(owners, len(things))
+            row_ids, row_labels = self._row(rng, things, layout, cover, number, rows)
+            pixels.append(picture)
+            ids.append(row_ids)
+            labels.append(row_labels)
+            for target, values in zip((kinds, colours, boxes), _cell_labels(cover, things), strict=True):
+                target.append(values)
+        return Batch(
+            pixels=torch.from_numpy(np.stack(pixels)), token_ids=torch.tensor(ids), labels=torch.tensor(labels),
+            cell_kinds=torch.from_numpy(np.stack(kinds)), cell_colours=torch.from_numpy(np.stack(colours)),
+            cell_boxes=torch.from_numpy(np.stack(boxes)),
+            pointer_at=torch.tensor(rows.pointer_at), pointer_to=torch.from_numpy(np.stack(rows.pointer_to)),
+            box_at=torch.tensor(rows.box_at), box_to=torch.tensor(rows.box_to),
+        )  # fmt: skip
+
+    def knowledge_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Layout]:
+        """Text-only questions about the world: token ids and labels [count, L], and their layout."""
+        segments = [self._plain(self.text_prefix, *ask_about_world(rng)) for _ in range(count)]
+        length = max(len(segment.token_ids) for segment in segments)
+        ids, labels = zip(*(self._padded(segment, length) for segment in segments), strict=True)
+        return torch.tensor(ids), torch.tensor(labels), Layout(prefix_length=0, image_start=0, groups=((1, length),))
+
+    def _scene(self, index: int, mirrored: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[CachedObject]]:
+        picture, owners, things = self.cache.pixels[index], self.cache.owners[index], self.cache.objects[index]
+        if mirrored:
+            return picture[:, ::-1].copy(), owners[:, ::-1], [_mirror(thing) for thing in things]
+        return np.asarray(picture), owners, things
+
+    def _row(
+        self, rng: np.random.Generator, things: list[CachedObject], layout: Layout, cover: NDArray[np.float32],
+        number: int, rows: _Rows,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        asker = Asker(rng, things, SIZE_HW, self.split)
+        ids, labels = list(self.prefix), [IGNORED] * len(self.prefix)
+        for count, length in layout.groups:
+            for _ in range(count):
+                segment = self._segment(rng, asker, things, length)
+                if segment.grounded:
+                    self._point(segment, len(ids), number, things, cover, rows)
+                padded, own_labels = self._padded(segment, length)
+                ids += padded
+                labels += own_labels
+        return ids, labels
+
+    def _padded(self, segment: _Segment, length: int) -> tuple[list[int], list[int]]:
+        ids = segment.token_ids
+        labels = [IGNORED] * (segment.num_prompt - 1) + ids[segment.num_prompt :] + [IGNORED]
+        first, last = segment.silent
+        for position in range(first, last):
+            labels[position - 1] = IGNORED
+        fill = length - len(ids)
+        return ids + [self.pad] * fill, labels + [IGNORED] * fill
+
+    def _point(
+        self, segment: _Segment, offset: int, number: int, things: list[CachedObject], cover: NDArray[np.float32], rows: _Rows
+    ) -> None:
+        starts = [at for at, token in enumerate(segment.token_ids) if at >= segment.num_prompt and token in self.object_starts]
+        asked = [(segment.num_prompt - 1, segment.targets)] if segment.silent == (0, 0) else []
+        for at, targets in [*asked, *((at, (target,)) for at, target in zip(starts, segment.targets, strict=True))]:
+            rows.pointer_at.append((number, offset + at))
+            rows.pointer_to.append(_pointer_target(cover, targets))
+        for at, target in zip(starts, segment.targets, strict=True):
+            rows.box_at.append((number, offset + at))
+            left, top, right, bottom = things[target].box_xyxy
+            rows.box_to.append((left / INPUT_SIDE, top / INPUT_SIDE, right / INPUT_SIDE, bottom / INPUT_SIDE))
+
+    def _segment(self, rng: np.random.Generator, asker: Asker, things: list[CachedObject], length: int) -> _Segment:
+        if length == PLAIN:
+            return self._plain([], *ask_about_picture(rng, things, SIZE_HW))
+        for _ in range(20):
+            question = self._question(rng, asker, length)
+            if question is None:
+                continue
+            segment = self._grounding(rng, question, things)
+            if len(segment.token_ids) <= length:
+                return segment
+        return self._grounding(rng, asker._none(None), things)
+
+    def _question(self, rng: np.random.Generator, asker: Asker, length: int) -> Question | None:
+        if length == EVERYTHING:
+            order = sorted(range(len(asker.things)), key=lambda i: asker.things[i].centre_xy[0])
+            text = ("all objects", "everything on the table", "every object")[int(rng.integers(3))]
+            return Question(text=text, kind=SEVERAL, targets=tuple(order), thinking=f"There are {len(order)} objects.")
+        if length == LONG:
+            return asker.ask(SEVERAL)
+        return asker.ask(SHORT_KINDS[int(rng.choice(len(SHORT_KINDS), p=SHORT_SHARES))])
+
+    def _plain(self, before: list[int], question: str, answer: str) -> _Segment:
+        prompt = before + self._encode(question) + self.turn
+        return _Segment([*prompt, *self._encode(answer), self.end], len(prompt), (), grounded=False)
+
+    def _grounding(self, rng: np.random.Generator, question: Question, things: list[CachedObject]) -> _Segment:
+        family = SEG_ZERO if len(question.targets) <= 1 and rng.random() < SINGLE_FORMAT_SHARE else VISION_REASONER
+        prompt = self._encode(family.user_prompt(question.text)) + self.turn
+        targets, thinking = question.targets, question.thinking
+        swapped = len(targets) == 1 and len(things) > 1 and rng.random() < SWAPPED_THINKING_SHARE
+        if swapped:
+            targets = (int(rng.choice([i for i in range(len(things)) if i != targets[0]])),)
+            thinking = f"There is {article_name(things[targets[0]])} {where(things[targets[0]].centre_xy, SIZE_HW)}."
+        answer = self._encode(family.assistant_text(thinking, [answer_object(things[i], family) for i in targets]))
+        silent = (len(prompt), len(prompt) + answer.index(self.think_close)) if swapped else (0, 0)
+        return _Segment([*prompt, *answer, self.end], len(prompt), targets, silent)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def answer_object(thing: CachedObject, family: AnswerFormat) -> AnswerObject:
+    """The object as a family writes it: whole pixels of the policy's input."""
+    box = [round(value) for value in thing.box_xyxy]
+    return box, [[int(x), int(y)] for x, y in thing.points_xy[: family.max_points]]
+
+
+def _mirror(thing: CachedObject) -> CachedObject:
+    left, top, right, bottom = thing.box_xyxy
+    points = tuple((INPUT_SIDE - x, y) for x, y in thing.points_xy)
+    return dataclasses.replace(thing, box_xyxy=(INPUT_SIDE - right, top, INPUT_SIDE - left, bottom), points_xy=points)  # type: ignore[arg-type]
+
+
+def _coverage(owners: NDArray[np.uint8], count: int) -> NDArray[np.float32]:
+    """[count, V]: share of each cell that each object covers."""
+    spots = OWNER_GRID // GRID
+    cells = owners.reshape(GRID, spots, GRID, spots).transpose(0, 2, 1, 3).reshape(CELLS, spots * spots)
+    cover = (cells[None] == np.arange(count, dtype=np.uint8)[:, None, None]).mean(2)
+    return np.asarray(cover, np.float32)
+
+
+def _cell_labels(
+    cover: NDArray[np.float32], things: list[CachedObject]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    owner = cover.argmax(0)
+    empty = cover.max(0) < 0.2
+    kinds = np.asarray([KIND_INDEX[thing.kind] for thing in things])[owner]
+    colours = np.asarray([COLOUR_INDEX[thing.colour] for thing in things])[owner]
+    boxes = (np.asarray([thing.box_xyxy for thing in things], np.float32) / INPUT_SIDE)[owner]
+    kinds[empty], colours[empty], boxes[empty] = len(KINDS), len(COLOURS), np.nan
+    return kinds, colours, boxes
+
+
+def _pointer_target(cover: NDArray[np.float32], targets: tuple[int, ...]) -> NDArray[np.float32]:
+    """Uniform over the targets, within a target by coverage; `nothing` where there is no target or none is big enough."""
+    distribution = np.zeros(CELLS + 1, np.float32)
+    for target in targets:
+        total = cover[target].sum()
+        if total > 0:
+            distribution[:CELLS] += cover[target] / total
+    total = distribution.sum()
+    if total == 0:
+        distribution[-1] = 1
+        return distribution
+    return distribution / total
