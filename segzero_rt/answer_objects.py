@@ -7,6 +7,7 @@ policies write). Each returns None where the value is not an answer, and an empt
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -103,18 +104,24 @@ def _collect(value: JsonValue, answer_format: AnswerFormat, objects: list[RawObj
         for entry in value:
             _collect(entry, answer_format, objects)
     elif isinstance(value, dict):
-        names = {key: key.lower().translate(_JOINERS) for key in value}
-        box_keys = [key for key, name in names.items() if name in BOX_NAMES]
+        box_keys = [key for key in value if _plain_name(key) in BOX_NAMES]
         if box_keys:
-            key = answer_format.box_key if answer_format.box_key in value else box_keys[0]
-            box = _box_numbers(value[key])
+            own_key = answer_format.box_key if answer_format.box_key in value else box_keys[0]
+            box = _box_numbers(value[own_key])
             if box is not None:
-                points = [point for key, name in names.items() if name in POINT_NAMES for point in _points(value[key])]
+                point_keys = [key for key in value if _plain_name(key) in POINT_NAMES]
+                points = [point for key in point_keys for point in _points(value[key])]
                 objects.append(RawObject(box=box, points=tuple(points)))
             return
         inner = [entry for entry in value.values() if isinstance(entry, (dict, list))]
         if len(inner) == 1:  # {"objects": [...]}; with several, which one is meant is a guess
             _collect(inner[0], answer_format, objects)
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_name(key: str) -> str:
+    """Returns a key in the spelling of `BOX_NAMES`. Longer keys than any of those are no name of anything."""
+    return key.lower().translate(_JOINERS) if len(key) <= 32 else ""
 
 
 def _box_numbers(value: JsonValue) -> RawBox | None:

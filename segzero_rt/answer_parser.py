@@ -43,7 +43,7 @@ from segzero_rt.answer_objects import (
     vision_reasoner_objects,
 )
 from segzero_rt.answer_tags import ANSWER_TAG, Tag, answer_openings, find_tags, thinking_text
-from segzero_rt.json_reader import Dialect, read_json
+from segzero_rt.json_reader import Dialect, JsonFault, read_json
 from segzero_rt.json_tolerant import read_tolerant
 
 ParseMode = Literal["rfc8259", "vision_reasoner", "seg_zero", "tolerant"]
@@ -59,7 +59,7 @@ MAX_POINTS = 8
 _VALUE_OR_STOP = re.compile(r"[\[{]|< ?/? ?answer ?>", re.IGNORECASE | re.ASCII)
 _JOINT = re.compile(r"[\s,;\"'`]*")
 _AROUND_BARE = re.compile(r"(?:[\s,]|```[A-Za-z0-9]{0,16})*")
-_NULL = re.compile(r"(?:\s|```[A-Za-z0-9]{0,16}(?=\s))*(?:null|None)[\s`]*")
+_NULL = re.compile(r"(?:\s|```[A-Za-z0-9]{0,16}(?=\s))*(?:null|none)[\s`]*", re.IGNORECASE | re.ASCII)
 _ECHO_MARK = re.compile(r"thinking process here\s{0,8}</think>\s{0,8}$")
 _EXAMPLES = [
     [
@@ -243,7 +243,7 @@ def _values(
         at = reading.end
         if reading.fault is None:
             yield mark.start(), at, tolerant_objects(reading.value, answer_format)
-        elif reading.has_member:
+        elif reading.has_member or reading.fault is JsonFault.TOO_DEEP:
             yield mark.start(), -1, None
             return
 

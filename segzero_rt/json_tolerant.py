@@ -13,7 +13,7 @@ Grammar, beyond RFC 8259 ("in the open" = inside no object, where only lists of 
     member    = ( string | name [ stray quote ] ) ":" value       name = [A-Za-z_][A-Za-z0-9_-]*
     array     = "[" … "]" | "(" … ")"                             a last "," may stand
     in the open, around an object in an array:
-                a stray quote before its "{"; stray quotes and "}" after it; a missing "," before the next "{";
+                stray quotes and "{" before its "{"; stray quotes and "}" after it; a missing "," before the next "{";
                 a missing "]" at the answer tag that follows, or, if `may_end`, at the end of the text
     string    = quoted by ", ', ` or \" (closed by the same); any characters, line feeds too. A quote inside closes it
                 only if one of , : } ] ) or a comment follows, or the text ends: `"man's "best" hat"` is one string
@@ -38,14 +38,17 @@ from segzero_rt.json_reader import (
     JsonStop,
     JsonValue,
     number_value,
+    plain_integers,
     unescape,
 )
 
 _SPACE = re.compile(r"[\s\ufeff\u200b]*")
 _LINE_COMMENT = re.compile(r"[^\n<]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_PLAIN_KEY = re.compile(r'"([A-Za-z0-9_]{1,32})" ?: ?')
 _WORD = re.compile(r"[+-]?[A-Za-z]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_MARKS = "{}[](),:\"'"
 _QUOTES = "\"'`"
 _RUNS = {quote: re.compile(rf"[^{quote}\\]*") for quote in _QUOTES}
 _AFTER_STRING = ",:}])#"
@@ -109,6 +112,8 @@ class _TolerantScan:
 
     def _skip_blank(self) -> None:
         text, at = self._text, self.at
+        if text[at : at + 1] in _MARKS:  # nothing to skip, the usual case; also true at the end of the text
+            return
         while True:
             at = _match_end(_SPACE, text, at)
             mark = text[at : at + 2]
@@ -141,6 +146,10 @@ class _TolerantScan:
         mark = self._peek()
         if mark == "{":
             return self._object(depth)
+        plain = plain_integers(self._text, self.at, self._end) if mark == "[" and depth < MAX_DEPTH else None
+        if plain is not None:
+            items, self.at = plain
+            return items
         if mark in "[(":
             return self._array(depth, "]" if mark == "[" else ")", in_object)
         if self._quote_length():
@@ -166,11 +175,7 @@ class _TolerantScan:
             if self._peek() == "}":
                 self.at += 1
                 return members
-            key = self._key()
-            self._skip_blank()
-            if self._peek() != ":":
-                raise JsonStop(JsonFault.UNEXPECTED, self.at)
-            self.at += 1
+            key = self._key_and_colon()
             self.has_member = True
             self._skip_blank()
             value = members[key] = self._value(depth + 1, in_object=True)
@@ -180,6 +185,18 @@ class _TolerantScan:
                 self.at += 1
             elif mark != "}" and not (isinstance(value, (list, dict)) and self._quote_length()):
                 raise JsonStop(JsonFault.UNEXPECTED, self.at)
+
+    def _key_and_colon(self) -> str:
+        plain = _PLAIN_KEY.match(self._text, self.at)
+        if plain is not None:  # the same as below, at once
+            self.at = plain.end()
+            return plain[1]
+        key = self._key()
+        self._skip_blank()
+        if self._peek() != ":":
+            raise JsonStop(JsonFault.UNEXPECTED, self.at)
+        self.at += 1
+        return key
 
     def _key(self) -> str:
         if self._quote_length():
@@ -202,7 +219,7 @@ class _TolerantScan:
                 self.at += 1
                 return items
             if not in_object:
-                self._skip_stray_quote()
+                self._skip_stray_opening()
             items.append(self._value(depth + 1, in_object=in_object))
             self._skip_blank()
             self._read_separator(items[-1], closer, in_object)
@@ -228,13 +245,14 @@ class _TolerantScan:
             return self._may_end
         return self._text[self.at] == "<" and ANSWER_TAG.match(self._text, self.at) is not None
 
-    def _skip_stray_quote(self) -> None:
-        """Moves over a quote that stands right before an object; any other quote begins a string."""
-        length = self._quote_length()
-        if length:
+    def _skip_stray_opening(self) -> None:
+        """Moves over quotes and opening braces right before an object; any other quote begins a string."""
+        while self.at < self._end:
+            length = 1 if self._text[self.at] == "{" else self._quote_length()
             after = _match_end(_SPACE, self._text, self.at + length)
-            if self._text.startswith("{", after):
-                self.at = after
+            if not length or not self._text.startswith("{", after):
+                return
+            self.at = after
 
     def _skip_stray_marks(self) -> None:
         """Moves over quotes and closing braces left over after a whole object, unless the next object follows."""
