@@ -48,7 +48,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
 
 def test_times_each_question_and_the_first_apart() -> None:
     pipeline = SlowPipeline([0.2, 0.02, 0.02, 0.08])
-    document = bench.measure(pipeline, list(bench._tasks(None, 3)))
+    document = bench.measure(pipeline, list(bench.make_tasks(None, 3)))
     assert document["num_questions"] == 3 and document["statuses"] == {"none_found": 3}
     assert document["first_question_ms"] >= 200
     assert 20 <= document["end_to_end_ms"]["p50"] < 80 <= document["end_to_end_ms"]["p99"] + 2
@@ -85,7 +85,7 @@ def test_takes_pictures_from_a_folder_in_turn(tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(np.full((3, 5 + index, 3), index, np.uint8)).save(tmp_path / f"{index}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    tasks = list(bench._tasks(str(tmp_path), 5))
+    tasks = list(bench.make_tasks(str(tmp_path), 5))
     assert [task.load_image().shape[1] for task in tasks] == [5, 6, 5, 6, 5]
 
 
@@ -94,7 +94,7 @@ def test_takes_questions_from_a_dataset(tmp_path: Path) -> None:
         name = writer.add_image(np.zeros((3, 5, 3), np.uint8))
         writer.add_question(name, "first", kind="none")
         writer.add_question(name, "second", kind="none")
-    tasks = list(bench._tasks(str(tmp_path / "set"), 3))
+    tasks = list(bench.make_tasks(str(tmp_path / "set"), 3))
     assert [task.question for task in tasks] == ["first", "second", "first"]
     assert tasks[0].load_image().shape == (3, 5, 3)
 
@@ -103,13 +103,13 @@ def test_takes_questions_from_a_dataset(tmp_path: Path) -> None:
 def test_refuses_a_folder_without_pictures(tmp_path: Path, case: str) -> None:
     folder = tmp_path if case == "empty" else tmp_path / "missing"
     with pytest.raises(DatasetError, match="expected a folder with pictures"):
-        list(bench._tasks(str(folder), 1))
+        list(bench.make_tasks(str(folder), 1))
 
 
 def test_a_broken_picture_is_an_error_not_a_timing(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"\x89PNG")
     with pytest.raises(ImageError):
-        bench.measure(SlowPipeline([]), list(bench._tasks(str(tmp_path), 1)))
+        bench.measure(SlowPipeline([]), list(bench.make_tasks(str(tmp_path), 1)))
 
 
 def test_environment_card_is_plain_json() -> None:

@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     from segzero_rt.environment import bundle_card, environment_card, peak_memory_bytes
 
-    tasks = list(_tasks(arguments.images, arguments.questions))
+    tasks = list(make_tasks(arguments.images, arguments.questions))
     start_s = time.perf_counter()
     pipeline = load_pipeline(arguments)
     load_ms = (time.perf_counter() - start_s) * 1e3
@@ -130,8 +130,15 @@ def _timed(ask: Ask, task: Task) -> tuple[float, Segmentation]:
     return (time.perf_counter() - start_s) * 1e3, result
 
 
-def _tasks(images: str | None, count: int) -> Iterator[Task]:
-    """`count` tasks; where there are fewer pictures or questions than that, they come round again."""
+def make_tasks(images: str | None, count: int) -> Iterator[Task]:
+    """`count` tasks; where there are fewer pictures or questions than that, they come round again.
+
+    Args:
+        images: a folder of pictures, a dataset folder, or None for drawn pictures.
+
+    Raises:
+        DatasetError: the folder holds neither.
+    """
     from segzero_rt.dataset import ANNOTATIONS_NAME, read_dataset
     from segzero_rt.image import load_image
 

@@ -1,0 +1,1 @@
+"""Measurements against peers, baselines and ablations. Nothing in here is installed."""

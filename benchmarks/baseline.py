@@ -1,0 +1,175 @@
+"""One question at a time: segzero-rt against transformers + Sam2Model; same weights, questions, cores and answers.
+
+    python -m benchmarks.baseline --policy HF --segmenter HF [--bundle B] [--images scenes] [--questions 40]
+
+Each thread count runs in a process of its own that is pinned to so many cores, so that neither side gains by threads
+beside its pool. The two take turns question by question, and who goes first alternates. All answers are compared before
+anything is timed: token by token, and mask by mask. A question with another answer is listed and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from segzero_rt.commands.bench import Task, make_tasks
+from segzero_rt.environment import bundle_card
+from segzero_rt.evaluation import mask_overlap, percentiles
+
+from .measuring import RESULTS, paired, pin_to_cores, write_result
+
+if TYPE_CHECKING:  # both runtimes are imported in the pinned child only
+    from segzero_rt.pipeline import SegZero
+
+    from .transformers_pipeline import TransformersPipeline
+
+Timed = Callable[[np.ndarray, str], dict[str, float]]
+"""Answers once and gives the milliseconds of its stages."""
+
+
+def main() -> None:
+    """Runs every thread count in a child process and writes one result file."""
+    arguments = _parse()
+    if arguments.only_threads:
+        print(json.dumps(_measure_here(arguments)))
+        return
+    by_threads = {}
+    for threads in arguments.threads:
+        command = [sys.executable, "-m", "benchmarks.baseline", *sys.argv[1:], "--only-threads", str(threads)]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        by_threads[str(threads)] = json.loads(child.stdout.splitlines()[-1])
+        print(f"{threads} threads: {_line(by_threads[str(threads)])}", file=sys.stderr)
+    document = {"unit": "ms", "round_weights": arguments.round_weights, "by_threads": by_threads}
+    path = write_result("baseline", document, arguments.out)
+    print(json.dumps({"result": str(path), "by_threads": by_threads}))
+
+
+def compare_answers(ours: SegZero, theirs: TransformersPipeline, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Asks both everything once, untimed, which also warms both up.
+
+    Returns:
+        `equal` (indices of tasks with the same tokens), `different` (what was said), `mask_iou` (mean over the equal
+        ones that have objects, None without any) and `new_tokens` (mean length of the replies).
+    """
+    equal: list[int] = []
+    different: list[dict[str, str]] = []
+    ious: list[float] = []
+    lengths: list[int] = []
+    for index, task in enumerate(tasks):
+        image_rgb = task.load_image()
+        generation = ours.policy.answer(image_rgb, task.question)
+        reply = theirs(image_rgb, task.question)
+        if list(generation.token_ids) != reply.token_ids:
+            different.append({"question": task.question, "segzero": generation.text, "baseline": reply.text})
+            continue
+        equal.append(index)
+        lengths.append(len(reply.token_ids))
+        union = ours(image_rgb, task.question).union
+        intersection, area = mask_overlap(union, np.asarray(reply.masks.any(axis=0), np.bool_))
+        if area:
+            ious.append(intersection / area)
+    return {
+        "equal": equal,
+        "different": different,
+        "mask_iou": float(np.mean(ious)) if ious else None,
+        "new_tokens": float(np.mean(lengths)) if lengths else None,
+    }
+
+
+def interleave(ours: Timed, theirs: Timed, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Times both on every task in turn; even tasks begin with one, odd tasks with the other."""
+    total: dict[str, list[float]] = {"segzero": [], "baseline": []}
+    stages: dict[str, dict[str, list[float]]] = {"segzero": {}, "baseline": {}}
+    sides = [("segzero", ours), ("baseline", theirs)]
+    for index, task in enumerate(tasks):
+        image_rgb = task.load_image()
+        for name, ask in sides if index % 2 == 0 else sides[::-1]:
+            start = time.perf_counter()
+            timings_ms = ask(image_rgb, task.question)
+            total[name].append((time.perf_counter() - start) * 1e3)
+            for stage, value in timings_ms.items():
+                stages[name].setdefault(stage, []).append(value)
+    return {
+        "end_to_end_ms": paired(total["segzero"], total["baseline"]),
+        "segzero": _summary(total["segzero"], stages["segzero"]),
+        "baseline": _summary(total["baseline"], stages["baseline"]),
+    }
+
+
+def _summary(total_ms: Sequence[float], stages_ms: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "end_to_end_ms": percentiles(total_ms),
+        "stages_ms": {stage: percentiles(values) for stage, values in stages_ms.items()},
+    }
+
+
+def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
+    threads = arguments.only_threads
+    pin_to_cores(threads)
+    import torch
+
+    from segzero_rt.pipeline import SegZero
+
+    from .transformers_pipeline import TransformersPipeline
+
+    torch.set_num_threads(threads)
+    ours = SegZero.load(arguments.bundle, backend="cpu", threads=threads)
+    theirs = TransformersPipeline(
+        ours.bundle.root, arguments.policy, arguments.segmenter, round_weights=arguments.round_weights
+    )
+    tasks = list(make_tasks(arguments.images, arguments.questions))
+    answers = compare_answers(ours, theirs, tasks)
+    if not answers["equal"]:
+        raise SystemExit(f"expected equal answers to time, got none: {answers['different'][:2]}")
+    timings = interleave(
+        lambda image_rgb, question: dict(ours(image_rgb, question).timings_ms),
+        lambda image_rgb, question: theirs(image_rgb, question).timings_ms,
+        [tasks[index] for index in answers["equal"]],
+    )
+    return {
+        "bundle": bundle_card(ours.bundle),
+        "num_questions": len(tasks),
+        "num_equal": len(answers.pop("equal")),
+        **answers,
+        **timings,
+    }
+
+
+def _line(result: dict[str, Any]) -> str:
+    times = result["end_to_end_ms"]
+    low, high = times["ratio_interval_95"]
+    return (
+        f"{times['segzero_median']:.1f} ms against {times['baseline_median']:.1f} ms, {times['ratio']:.2f}x "
+        f"({low:.2f} to {high:.2f}), {result['num_equal']} of {result['num_questions']} answers equal"
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="latency against transformers + Sam2Model, same answers")
+    parser.add_argument("--policy", type=Path, required=True, help="checkpoint folder of the policy")
+    parser.add_argument("--segmenter", type=Path, required=True, help="checkpoint folder of the segmenter")
+    parser.add_argument("--bundle", help="the bundle made from them (default: the embedded one)")
+    parser.add_argument("--images", help="pictures, or a dataset folder with its questions (default: drawn)")
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--no-round-weights",
+        dest="round_weights",
+        action="store_false",
+        help="leave the baseline's weights as the checkpoint has them instead of rounding to the bundle's float16",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
+    parser.add_argument("--only-threads", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

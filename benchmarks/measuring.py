@@ -1,0 +1,98 @@
+"""What every measurement here shares: equal cores, paired statistics, dated result files with an environment card."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segzero_rt.environment import available_cores, environment_card
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    *("segzero-rt", "numpy", "onnxruntime", "opencv-python-headless", "pillow", "tokenizers"),
+    *("torch", "transformers", "safetensors"),
+)
+
+
+def pin_to_cores(count: int) -> None:
+    """Restricts this process and its children to `count` cores, so that no side gains by a helper thread.
+
+    Raises:
+        ValueError: the machine has fewer.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < count:
+        raise ValueError(f"expected at least {count} cores, this process has {len(cores)}")
+    os.sched_setaffinity(0, cores[:count])
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Medians of two paired series, the ratio of medians theirs / ours, and its 95 % bootstrap interval over pairs.
+
+    Raises:
+        ValueError: the series differ in length or are empty.
+    """
+    if not ours or len(ours) != len(theirs):
+        raise ValueError(f"expected two series of one length, got {len(ours)} and {len(theirs)}")
+    rng = random.Random(0)
+    pairs = list(zip(ours, theirs, strict=True))
+    ratios = []
+    for _ in range(2000):
+        drawn = rng.choices(pairs, k=len(pairs))
+        ratios.append(statistics.median(b for _, b in drawn) / statistics.median(a for a, _ in drawn))
+    ratios.sort()
+    return {
+        "segzero_median": statistics.median(ours),
+        "baseline_median": statistics.median(theirs),
+        "ratio": statistics.median(theirs) / statistics.median(ours),
+        "ratio_interval_95": [ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))]],
+        "num_pairs": len(pairs),
+    }
+
+
+def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `<what>_<cores>cores_<date>.json` with an environment card; a second run on one day replaces the first."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    command = " ".join(["python", "-m", f"benchmarks.{what}", *(_shown(part) for part in sys.argv[1:])])
+    whole = {
+        "what": what,
+        "date": now.isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "environment": environment_card(PACKAGES),
+        **document,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}_{available_cores()}cores_{now:%Y%m%d}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _shown(part: str) -> str:
+    """Paths outside the repository by their last name: where somebody keeps a checkpoint says nothing to a reader."""
+    return Path(part).name if part.startswith("/") else part
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked when files differ from it; None outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()

@@ -1,0 +1,91 @@
+"""The baseline harness: fair pairing, honest accounting of children, and equal answers from both sides."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.baseline import interleave
+from benchmarks.measuring import paired, write_result
+from benchmarks.process import check_answers, run_once
+from segzero_rt.commands.bench import Task
+
+ALLOCATE = "import sys; block = bytearray({megabytes} * 1_000_000); print('{{\"objects\": []}}'); sys.exit({status})"
+
+
+def test_paired_by_hand() -> None:
+    result = paired([1.0, 2.0, 3.0], [10.0, 20.0, 60.0])
+    assert (result["segzero_median"], result["baseline_median"], result["ratio"]) == (2.0, 20.0, 10.0)
+    low, high = result["ratio_interval_95"]
+    assert low <= 10.0 <= high and low >= 10.0 * 0.99 and high <= 20.0 * 1.01
+    assert paired([2.0], [3.0])["ratio_interval_95"] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0])], ids=["empty", "unequal"])
+def test_paired_refuses(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError, match="one length"):
+        paired(ours, theirs)
+
+
+def test_interleave_takes_turns_and_keeps_sides_apart() -> None:
+    order: list[str] = []
+
+    def side(name: str, seconds: float) -> Any:
+        def ask(image_rgb: np.ndarray, question: str) -> dict[str, float]:
+            order.append(f"{name}{question}")
+            time.sleep(seconds)
+            return {name: seconds * 1e3}
+
+        return ask
+
+    tasks = [Task(question=str(index), load_image=lambda: np.zeros((1, 1, 3), np.uint8)) for index in range(3)]
+    result = interleave(side("a", 0.005), side("b", 0.02), tasks)
+    assert order == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert result["end_to_end_ms"]["ratio"] == pytest.approx(4, rel=0.5)
+    assert result["segzero"]["stages_ms"] == {"a": {"p50": 5.0, "p90": 5.0, "p99": 5.0}}
+    assert result["end_to_end_ms"]["num_pairs"] == 3
+
+
+def test_counts_the_memory_of_the_child_and_not_of_this_process() -> None:
+    ballast = np.ones(400_000_000, np.uint8)  # larger than both children together
+    small, large = (run_once([sys.executable, "-c", ALLOCATE.format(megabytes=size, status=0)]) for size in (1, 150))
+    assert ballast[-1] == 1
+    assert 140e6 < large.peak_bytes - small.peak_bytes < 160e6
+    assert small.peak_bytes < 100e6
+    assert large.wall_ms > 0 and large.cpu_ms > 0 and large.document == {"objects": []}
+
+
+def test_a_run_without_an_answer_counts_and_a_crash_does_not() -> None:
+    run = run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=3)])
+    assert run.document == {"objects": []}
+    with pytest.raises(SystemExit, match="ended with 1"):
+        run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=1)])
+
+
+def test_large_outputs_do_not_block() -> None:
+    script = "import sys; sys.stderr.write('x' * 300_000); print('y' * 300_000); print('{}')"
+    assert run_once([sys.executable, "-c", script]).document == {}
+
+
+def test_different_answers_are_not_timed() -> None:
+    same = {"objects": [{"box_xyxy": [1.0, 2.0, 3.0, 4.0], "score": 0.5}]}
+    check_answers(same, {"objects": [{"box_xyxy": [1, 2, 3, 4]}]})
+    with pytest.raises(SystemExit, match="same answer"):
+        check_answers(same, {"objects": []})
+
+
+def test_results_are_dated_whole_and_name_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--policy", "/home/someone/secret/hf", "--questions", "3"])
+    path = write_result("baseline", {"value": 1}, tmp_path)
+    document = json.loads(path.read_text())
+    assert document["command"] == "python -m benchmarks.baseline --policy hf --questions 3"
+    assert document["value"] == 1 and document["environment"]["cores"] >= 1
+    assert document["date"][:10].replace("-", "") in path.name
+    assert "secret" not in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
