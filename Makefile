@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 TORCH ?= torch==2.13.0
 
 DEMO_PICTURE ?= docs/tabletop.png
-DEMO_QUESTION ?= the red mug
+DEMO_QUESTION ?= the green scissors
 
 PACKAGING := setup.py pyproject.toml segzero_rt/__init__.py
 SOURCES = $(shell find segzero_rt export training -name '*.py' -o -path 'segzero_rt/bundles/*' -type f)
