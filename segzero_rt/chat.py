@@ -57,6 +57,10 @@ class Chat:
         """Tokens from the closed picture to the first token of the reply."""
         return [*self._user_text(user_prompt), *self._template("<|im_end|>\n<|im_start|>assistant\n")]
 
+    def reply_start(self, text: str) -> list[int]:
+        """Tokens of what a reply is made to begin with."""
+        return self._user_text(text)
+
     def text(self, token_ids: list[int]) -> str:
         """Plain text of tokens; special tokens are left out."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))

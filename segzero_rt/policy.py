@@ -176,6 +176,7 @@ class Policy:
         *,
         answer_format: AnswerFormat | None = None,
         max_new_tokens: int | None = None,
+        reply_start: str = "",
         on_token: Callable[[str], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generation:
@@ -185,6 +186,8 @@ class Policy:
             question: any text; special tokens in it are taken as the characters that they are written with.
             answer_format: the bundle's by default.
             max_new_tokens: budget of the reply; the bundle's by default. Ends earlier where the context is full.
+            reply_start: what the reply is made to begin with, such as a thinking that was written elsewhere; the policy
+                goes on from there. It is part of the reply's text and tokens, but not of the budget.
             on_token: gets each piece of text as soon as it is certain.
             cancelled: asked before each token; True ends the reply.
 
@@ -194,7 +197,10 @@ class Policy:
         budget = self.manifest.max_new_tokens if max_new_tokens is None else max_new_tokens
         if budget < 1:
             raise QuestionError(f"expected a budget of at least 1 new token, got {budget}")
-        prompt = self.question_tokens(question, answer_format)
+        started = self.chat.reply_start(reply_start)
+        prompt = [*self.question_tokens(question, answer_format), *started]
+        if view.prefix_length + len(prompt) >= view.cache.capacity:
+            raise QuestionError(f"expected a reply_start that leaves room, got {len(started)} tokens; shorten it")
         clock = _Clock()
         cache = view.cache
         cache.truncate(view.prefix_length)
@@ -203,6 +209,8 @@ class Policy:
         budget = min(budget, cache.capacity - int(cache.lengths[0]) + 1)
         stream = TextStream(self.chat)
         pieces: list[str] = []
+        for token_id in started:
+            _tell(stream.push(token_id), pieces, on_token)
         finished = stopped = False
         token = _NextToken(self._embedding, cache)
         for place in range(budget):
