@@ -16,11 +16,8 @@ What it may look like
     between them the last counts, with only blanks and commas between them they are one list. A bracket with no
     `key:` in it is prose. Both formats' answers are read whatever `answer_format` is.
     `vision_reasoner`, `seg_zero`: the first answer the authors' scripts would take (reference: `answer_objects`).
-Geometry (every mode)
-    Swapped corners are put in order. The box is clipped to the policy's picture; if less than one pixel is left in
-    width or height, or a number is infinite, the object is dropped. Points outside the clipped box are dropped: a box
-    alone is a sound prompt. At most `MAX_OBJECTS` objects and `MAX_POINTS` points of each are kept. Then the
-    format's rounding to source pixels; a box that rounds to nothing keeps one pixel.
+Geometry
+    The same in every mode, see `answer_geometry`. At most `MAX_OBJECTS` objects are kept.
 Status
     `ok` with prompts; `none_found` for the format's empty answer; otherwise `truncated` if the reply was cut
     (`finished=False`) and `malformed` if it was not.
@@ -28,13 +25,13 @@ Status
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from segzero_rt.answer import Answer, AnswerStatus, Prompt
+from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.answer_format import FORMATS, AnswerFormat
+from segzero_rt.answer_geometry import to_prompt
 from segzero_rt.answer_objects import (
     RawObject,
     canonical_objects,
@@ -51,10 +48,10 @@ MODES: tuple[ParseMode, ...] = ("rfc8259", "vision_reasoner", "seg_zero", "toler
 
 MAX_ANSWERS_TRIED = 8
 """Answer tags looked at, from the last backwards; bounds the work on a reply that repeats the tag."""
+MAX_VALUES = 256
+"""Brackets looked at in one answer, prose in brackets included; an answer with more is none."""
 MAX_OBJECTS = 120
 """Objects kept of one answer; VisionReasoner's reward has the same bound."""
-MAX_POINTS = 8
-"""Points kept of one object."""
 
 _VALUE_OR_STOP = re.compile(r"[\[{]|< ?/? ?answer ?>", re.IGNORECASE | re.ASCII)
 _JOINT = re.compile(r"[\s,;\"'`]*")
@@ -102,7 +99,7 @@ def parse_answer(
     tags = find_tags(text)
     found = _find_answer(text, tags, answer_format, finished, mode)
     objects, start = found if found is not None else ([], _default_start(text, tags))
-    kept = (_to_prompt(raw, answer_format, input_size_hw, source_size_hw) for raw in objects[:MAX_OBJECTS])
+    kept = (to_prompt(raw, answer_format, input_size_hw, source_size_hw) for raw in objects[:MAX_OBJECTS])
     prompts = tuple(prompt for prompt in kept if prompt is not None)
     if prompts:
         status = AnswerStatus.OK
@@ -207,15 +204,17 @@ def _tolerant_answer(
     """The last group of values between `begin` and the next answer tag; None if there is none or one is broken."""
     group: list[RawObject] | None = None
     group_end = begin
-    for start, end, objects in _values(text, begin, answer_format, may_end=finished):
-        if end < 0:
+    for count, (start, end, objects) in enumerate(_values(text, begin, answer_format, may_end=finished)):
+        if end < 0 or count >= MAX_VALUES:
             return None
         if objects is None or (group and not objects):
             continue
-        joined = group and _JOINT.fullmatch(text, group_end, start) is not None
-        if not objects and not tagged and not _stands_alone(text, begin, start, end):
+        if not objects and not tagged and (count or not _stands_alone(text, begin, start, end)):
             continue
-        group = [*group, *objects] if joined and group else objects
+        if group and _JOINT.fullmatch(text, group_end, start):
+            group.extend(objects)
+        else:
+            group = objects
         group_end = end
     if group is None and _says_null(text, begin, finished):
         return []
@@ -233,7 +232,10 @@ def _says_null(text: str, begin: int, finished: bool) -> bool:
 def _values(
     text: str, begin: int, answer_format: AnswerFormat, *, may_end: bool
 ) -> Iterator[tuple[int, int, list[RawObject] | None]]:
-    """Yields start, end and objects of each value up to the next answer tag; an end of -1 for a broken one."""
+    """Yields start, end and objects of each value up to the next answer tag.
+
+    The objects are None for a value that is no answer, and for prose in brackets; the end is -1 for a broken value.
+    """
     at = begin
     while True:
         mark = _VALUE_OR_STOP.search(text, at)
@@ -246,6 +248,8 @@ def _values(
         elif reading.has_member or reading.fault is JsonFault.TOO_DEEP:
             yield mark.start(), -1, None
             return
+        else:
+            yield mark.start(), at, None
 
 
 def _stands_alone(text: str, begin: int, start: int, end: int) -> bool:
@@ -253,37 +257,3 @@ def _stands_alone(text: str, begin: int, start: int, end: int) -> bool:
     tail = ANSWER_TAG.search(text, end)
     stop = len(text) if tail is None else tail.start()
     return bool(_AROUND_BARE.fullmatch(text, begin, start) and _AROUND_BARE.fullmatch(text, end, stop))
-
-
-def _to_prompt(
-    raw: RawObject, answer_format: AnswerFormat, input_size_hw: tuple[int, int], source_size_hw: tuple[int, int]
-) -> Prompt | None:
-    """Orders, clips and scales one object; None if nothing of it lies in the picture."""
-    if not all(map(math.isfinite, raw.box)):
-        return None
-    (height, width), (source_height, source_width) = input_size_hw, source_size_hw
-    left, right = _clipped_span(raw.box[0], raw.box[2], width)
-    top, bottom = _clipped_span(raw.box[1], raw.box[3], height)
-    if right - left < 1 or bottom - top < 1:
-        return None
-    x_factor, y_factor = source_width / width, source_height / height
-    to_source = answer_format.to_source
-    x0, x1 = _pixel_span(to_source(left, x_factor), to_source(right, x_factor), source_width)
-    y0, y1 = _pixel_span(to_source(top, y_factor), to_source(bottom, y_factor), source_height)
-    points = [
-        (float(min(to_source(x, x_factor), source_width - 1)), float(min(to_source(y, y_factor), source_height - 1)))
-        for x, y in raw.points
-        if left <= x <= right and top <= y <= bottom
-    ]
-    return Prompt(box_xyxy=(float(x0), float(y0), float(x1), float(y1)), points_xy=tuple(points[:MAX_POINTS]))
-
-
-def _clipped_span(first: float, second: float, size: int) -> tuple[float, float]:
-    low, high = (first, second) if first <= second else (second, first)
-    return min(max(low, 0.0), float(size)), min(max(high, 0.0), float(size))
-
-
-def _pixel_span(low: int, high: int, size: int) -> tuple[int, int]:
-    """Keeps a span inside the picture and at least one pixel wide."""
-    low = min(low, size - 1)
-    return low, min(max(high, low + 1), size)
