@@ -20,11 +20,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from segzero_rt.errors import DatasetError, ImageError, SegZeroError
+from segzero_rt.errors import DatasetError, ImageError
 from segzero_rt.image import load_image
-from segzero_rt.mask import decode_rle, encode_rle
+from segzero_rt.mask import decode_rle, encode_rle, tight_boxes
 
 ANNOTATIONS_NAME = "annotations.jsonl"
 IMAGES_NAME = "images"
@@ -42,7 +43,7 @@ class LabeledObject:
     """COCO RLE: `{"size": [H, W], "counts": str}`."""
 
     @classmethod
-    def from_mask(cls, label: str, mask: np.ndarray) -> LabeledObject:
+    def from_mask(cls, label: str, mask: NDArray[np.bool_]) -> LabeledObject:
         """The object that covers `mask` (bool [H, W], at least one pixel); its box is the tight one.
 
         Raises:
@@ -53,12 +54,11 @@ class LabeledObject:
                 f"expected a bool [H, W] mask with at least one pixel for {label!r}, got {mask.dtype} {mask.shape} "
                 f"with {int(np.count_nonzero(mask))} pixels; leave objects out that cannot be seen"
             )
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-        return cls(label=label, box_xyxy=box, mask_rle=encode_rle(mask))
+        left, top, right, bottom = (float(value) for value in tight_boxes(mask[None])[0])
+        return cls(label=label, box_xyxy=(left, top, right, bottom), mask_rle=encode_rle(mask))
 
     @property
-    def mask(self) -> np.ndarray:
+    def mask(self) -> NDArray[np.bool_]:
         """bool [H, W], decoded anew at each call."""
         return decode_rle(self.mask_rle)
 
@@ -82,7 +82,7 @@ class Sample:
     """`file:line`, for messages and records."""
 
     @property
-    def image_rgb(self) -> np.ndarray:
+    def image_rgb(self) -> NDArray[np.uint8]:
         """uint8 [H, W, 3], read anew at each call.
 
         Raises:
@@ -100,14 +100,14 @@ class Sample:
         return image_rgb
 
     @property
-    def masks(self) -> np.ndarray:
+    def masks(self) -> NDArray[np.bool_]:
         """bool [N, H, W], one per object; N may be 0."""
         if not self.objects:
             return np.zeros((0, *self.size_hw), dtype=bool)
         return np.stack([one.mask for one in self.objects])
 
     @property
-    def boxes_xyxy(self) -> np.ndarray:
+    def boxes_xyxy(self) -> NDArray[np.float32]:
         """float32 [N, 4]."""
         return np.array([one.box_xyxy for one in self.objects], dtype=np.float32).reshape(-1, 4)
 
@@ -175,7 +175,7 @@ class DatasetWriter:
         (self._partial / IMAGES_NAME).mkdir()
         return self
 
-    def add_image(self, image_rgb: np.ndarray, name: str | None = None) -> str:
+    def add_image(self, image_rgb: NDArray[np.uint8], name: str | None = None) -> str:
         """Stores uint8 [H, W, 3] as PNG; returns its path for `add_question`. `name` has no folder and no suffix."""
         if image_rgb.dtype != np.uint8 or image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or 0 in image_rgb.shape:
             raise DatasetError(f"expected a uint8 [H, W, 3] picture, got {image_rgb.dtype} {image_rgb.shape}")
@@ -301,7 +301,7 @@ def _check_object(one: object, size_hw: tuple[int, int], where: str) -> LabeledO
         raise DatasetError(f"{where}: expected `mask_rle` of size {list(size_hw)}, the picture's, got {rle!r:.80}")
     try:
         mask = decode_rle(rle)
-    except (ValueError, TypeError, SegZeroError) as error:
+    except ValueError as error:
         raise DatasetError(f"{where}: `mask_rle` does not decode: {error}") from error
     if not mask.any():
         raise DatasetError(f"{where}: `mask_rle` has no pixel; an object that cannot be seen is left out")
