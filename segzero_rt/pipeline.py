@@ -1,0 +1,248 @@
+"""`SegZero`: a picture and a question to thinking and masks.
+
+look(picture)        ImageEncoder starts in its own thread ─────────────┐
+                     Policy takes the picture in                        │
+ask(look, question)  Policy answers ─► parser ─► prompts ─► MaskDecoder ◄┘ ─► Segmentation
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from segzero_rt.answer import Answer, AnswerStatus, Prompt
+from segzero_rt.answer_format import FORMATS, AnswerFormat
+from segzero_rt.answer_parser import parse_answer
+from segzero_rt.bundle import Bundle
+from segzero_rt.errors import PromptError, QuestionError
+from segzero_rt.graph import Backend, default_threads, resolve_backend
+from segzero_rt.image import ImageLike, ImageRgb, as_image
+from segzero_rt.policy import Generation, Policy, View
+from segzero_rt.segmentation import Segmentation
+from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """A picture that has been looked at once, for any number of questions, one at a time."""
+
+    image_rgb: ImageRgb
+    view: View
+    embedding: Callable[[], tuple[ImageEmbedding, float]]
+    """Waits for the segmenter's embedding; gives it with the milliseconds that it took."""
+
+
+class SegZero:
+    """The whole of it. `SegZero.load(bundle)(image, "question")` gives a `Segmentation`."""
+
+    def __init__(self, bundle: Bundle, policy: Policy, encoder: ImageEncoder, decoder: MaskDecoder) -> None:
+        self.bundle, self.policy, self.encoder, self.decoder = bundle, policy, encoder, decoder
+        # One frame at a time is encoded beside the policy; with a single core that would only slow both down.
+        self._thread = ThreadPoolExecutor(1, "image-encoder") if default_threads() > 1 else None
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle | str | os.PathLike[str] | None = None,
+        *,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+    ) -> SegZero:
+        """Opens a bundle, checks it and loads its graphs.
+
+        Args:
+            bundle: an opened bundle, a folder, or None for the embedded `tabletop`.
+            backend: "auto", "cpu", "cuda", ...; a forced backend that is not there is an error.
+            threads: CPU threads of each graph; the cores of this process by default.
+
+        Raises:
+            BundleError: not a bundle, or damaged.
+            BackendError: the backend is not installed.
+            GraphError: a graph differs from its spec.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        policy = Policy.load(opened, backend=resolved, threads=threads)
+        encoder = ImageEncoder.load(opened, backend=resolved, threads=threads)
+        return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=threads))
+
+    def __call__(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        answer_format: AnswerFormat | str | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Segmentation:
+        """Answers one question about one picture.
+
+        Args:
+            image: uint8 [H, W, 3] RGB, a path, or the bytes of a picture file.
+            question: what to find, in words.
+            answer_format: a name of `FORMATS` or a format; the bundle's by default.
+            max_new_tokens: budget of the answer; the bundle's by default.
+            on_token: gets the text piece by piece while it is written.
+            cancelled: asked before each token; True ends the answer with status `cancelled`.
+
+        Raises:
+            ImageError: the picture cannot be read or has another layout.
+            QuestionError: the question is empty or too long. What the policy says never raises: see `status`.
+        """
+        start = time.perf_counter()
+        image_rgb = as_image(image)
+        _check_question(question)
+        look = self.look(image_rgb)
+        result = self.ask(
+            look,
+            question,
+            answer_format=answer_format,
+            max_new_tokens=max_new_tokens,
+            on_token=on_token,
+            cancelled=cancelled,
+        )
+        first = {name: look.view.timings_ms[name] for name in ("preprocess", "vision")}
+        prefill = look.view.timings_ms["prefix"] + result.timings_ms["prefill"]
+        return replace(
+            result, timings_ms=first | dict(result.timings_ms) | {"prefill": prefill, "total": _since(start)}
+        )
+
+    def look(self, image: ImageLike) -> Look:
+        """Takes a picture in once: the policy's prefix, and the segmenter's embedding in its own thread.
+
+        Raises:
+            ImageError: the picture cannot be read or has another layout.
+        """
+        image_rgb = as_image(image)
+        embedding = self._embed(image_rgb)
+        return Look(image_rgb=image_rgb, view=self.policy.look(image_rgb), embedding=embedding)
+
+    def ask(
+        self,
+        look: Look,
+        question: str,
+        *,
+        answer_format: AnswerFormat | str | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Segmentation:
+        """Answers a question about a picture that was looked at; arguments and errors as in `__call__`."""
+        start = time.perf_counter()
+        _check_question(question)
+        chosen = _format(answer_format) or self.policy.default_format
+        generation = self.policy.ask(
+            look.view,
+            question,
+            answer_format=chosen,
+            max_new_tokens=max_new_tokens,
+            on_token=on_token,
+            cancelled=cancelled,
+        )
+        parsing = time.perf_counter()
+        answer = self._parse(generation, chosen, look.image_rgb)
+        timings_ms = {
+            "prefill": generation.timings_ms["question"],
+            "decode": generation.timings_ms["decode"],
+            "parse": _since(parsing),
+        }
+        return self._segment(look.image_rgb, look.embedding, answer, timings_ms, start)
+
+    def segment(self, image: ImageLike, prompts: Sequence[Prompt]) -> Segmentation:
+        """The segmenter alone, for prompts given by hand. The answer holds the prompts as they were given.
+
+        Raises:
+            ImageError: the picture cannot be read or has another layout.
+            PromptError: no prompt, or one whose box or point lies outside the picture.
+        """
+        start = time.perf_counter()
+        image_rgb = as_image(image)
+        _check_prompts(prompts, image_rgb)
+        answer = Answer(status=AnswerStatus.OK, prompts=tuple(prompts))
+        return self._segment(image_rgb, self._embed(image_rgb), answer, {}, start)
+
+    def _embed(self, image_rgb: ImageRgb) -> Callable[[], tuple[ImageEmbedding, float]]:
+        def encode() -> tuple[ImageEmbedding, float]:
+            start = time.perf_counter()
+            return self.encoder(image_rgb), _since(start)
+
+        if self._thread is None:
+            return functools.cache(encode)  # on the first call, and not at all when nothing is found
+        return self._thread.submit(encode).result
+
+    def _parse(self, generation: Generation, answer_format: AnswerFormat, image_rgb: ImageRgb) -> Answer:
+        answer = parse_answer(
+            generation.text,
+            answer_format=answer_format,
+            input_size_hw=self.policy.manifest.input_size_hw,
+            source_size_hw=(image_rgb.shape[0], image_rgb.shape[1]),
+            finished=generation.finished,
+        )
+        return replace(answer, status=AnswerStatus.CANCELLED, prompts=()) if generation.cancelled else answer
+
+    def _segment(
+        self,
+        image_rgb: ImageRgb,
+        embedding: Callable[[], tuple[ImageEmbedding, float]],
+        answer: Answer,
+        timings_ms: dict[str, float],
+        start: float,
+    ) -> Segmentation:
+        size_hw = (image_rgb.shape[0], image_rgb.shape[1])
+        if not answer.prompts:
+            return Segmentation.empty(answer, size_hw, timings_ms | {"total": _since(start)})
+        waiting = time.perf_counter()
+        encoded, encode_ms = embedding()
+        decoding = time.perf_counter()
+        predicted = self.decoder(encoded, answer.prompts)
+        return Segmentation(
+            masks=predicted.masks,
+            scores=predicted.scores,
+            boxes_xyxy=np.array([prompt.box_xyxy for prompt in answer.prompts], np.float32),
+            answer=answer,
+            timings_ms=timings_ms
+            | {
+                "mask_encode": encode_ms,
+                "mask_wait": (decoding - waiting) * 1e3,
+                "mask_decode": _since(decoding),
+                "total": _since(start),
+            },
+        )
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3
+
+
+def _check_question(question: object) -> None:
+    """Before any work on the picture; whether it fits the context is the policy's to say."""
+    if not isinstance(question, str) or not question.strip():
+        raise QuestionError(f"expected a question in words, got {str(question)[:40]!r}; say what to look for")
+
+
+def _format(chosen: AnswerFormat | str | None) -> AnswerFormat | None:
+    if isinstance(chosen, str):
+        if chosen not in FORMATS:
+            raise QuestionError(f"expected an answer format of {', '.join(FORMATS)}, got {chosen[:40]!r}")
+        return FORMATS[chosen]
+    return chosen
+
+
+def _check_prompts(prompts: Sequence[Prompt], image_rgb: ImageRgb) -> None:
+    height, width = image_rgb.shape[:2]
+    if not prompts:
+        raise PromptError("expected at least one box, got none")
+    for prompt in prompts:
+        left, top, right, bottom = prompt.box_xyxy
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise PromptError(f"expected a box inside the picture of {width}x{height}, got {prompt.box_xyxy}")
+        for x, y in prompt.points_xy:
+            if not (0 <= x < width and 0 <= y < height):
+                raise PromptError(f"expected a point inside the picture of {width}x{height}, got {(x, y)}")
