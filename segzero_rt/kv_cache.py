@@ -105,10 +105,7 @@ class KVCache(ABC):
         new = embeds.shape[1]
         self._check_room(new)
         logits = np.zeros((*logits_rows.shape, self.sizes.vocab_size), dtype=np.float32)
-        bound = self._bind(np.ascontiguousarray(embeds), np.ascontiguousarray(logits_rows), logits)
-        self._prepare(new)
-        bound.run()
-        self._keep(new)
+        self._add(np.ascontiguousarray(embeds), np.ascontiguousarray(logits_rows), logits)
         self.lengths += new if new_lengths is None else new_lengths
         return logits
 
@@ -126,6 +123,13 @@ class KVCache(ABC):
         self._keep(1)
         self.lengths += 1
         return self._step_logits
+
+    def _add(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> None:
+        """Runs the graph over new tokens of all rows."""
+        bound = self._bind(embeds, logits_rows, logits)
+        self._prepare(embeds.shape[1])
+        bound.run()
+        self._keep(embeds.shape[1])
 
     def _check_room(self, new: int) -> None:
         longest = int(self.lengths.max())
@@ -168,17 +172,32 @@ class InPlaceCache(KVCache):
         self._seqlens_k = np.zeros(batch, dtype=np.int32)
         self._total_length = np.zeros(1, dtype=np.int32)
 
-    def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
+    def _add(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> None:
+        """Row by row where GroupQueryAttention demands it: several tokens that follow others, in a batch."""
+        if self.batch == 1 or embeds.shape[1] == 1 or not self.lengths.any():
+            super()._add(embeds, logits_rows, logits)
+            return
+        for row in range(self.batch):
+            rows = slice(row, row + 1)
+            bound = self._bind(embeds[rows], logits_rows[rows], logits[rows], rows)
+            self._prepare(embeds.shape[1])
+            self._total_length[0] = self._seqlens_k[row] + 1
+            bound.run()
+
+    def _bind(
+        self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats, rows: slice = slice(None)
+    ) -> BoundGraph:
+        buffers = self._buffers if self.batch == 1 else [buffer[rows] for buffer in self._buffers]
         inputs = {
             "inputs_embeds": embeds,
             "logits_rows": logits_rows,
-            "seqlens_k": self._seqlens_k,
+            "seqlens_k": self._seqlens_k[rows],
             "total_length": self._total_length,
             "rotary_cos": self._rotary[0],
             "rotary_sin": self._rotary[1],
-            **dict(zip(self._names("past"), self._buffers, strict=True)),
+            **dict(zip(self._names("past"), buffers, strict=True)),
         }
-        outputs = {"logits": logits, **dict(zip(self._names("present"), self._buffers, strict=True))}
+        outputs = {"logits": logits, **dict(zip(self._names("present"), buffers, strict=True))}
         return self._graph.bind(inputs, outputs)
 
     def _prepare(self, new: int) -> None:
