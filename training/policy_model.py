@@ -215,33 +215,31 @@ class PackedPolicy(nn.Module):
         v = attention.v_proj(x).view(batch, tokens, attention.num_key_value_heads, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(attention.num_key_value_groups, 1) for t in (k, v))
-        parts, prefix = [], layout.prefix_length
-        if prefix:
-            parts.append(attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], layout.prefix_mask.to(q.dtype)))
-        at = prefix
-        for (count, length), mask in zip(layout.groups, layout.masks, strict=True):
-            parts.append(_grouped_attention(q, k, v, at, count, length, prefix, mask))
-            at += count * length
+        # One split per tensor: its backward is one concatenation, that of many slices as many full-size additions.
+        lengths = [layout.prefix_length, *(count * length for count, length in layout.groups)]
+        (q0, *qs), (k0, *ks), (v0, *vs) = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
+        parts = [attend(q0, k0, v0, layout.prefix_mask.to(q.dtype))] if layout.prefix_length else []
+        for number, (count, _) in enumerate(layout.groups):
+            parts.append(_grouped_attention(qs[number], (k0, ks[number]), (v0, vs[number]), count, layout.masks[number]))
         out = torch.cat(parts, 2)  # [B, H, S, D]
         return attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
 
 
-def _grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, at: int, count: int, length: int, prefix: int, mask: Tensor
-) -> Tensor:
-    """Questions `at … at + count * length` as a batch of their own, each beside the shared prefix."""
-    batch, heads, _, dim = q.shape
-    end = at + count * length
+def _grouped_attention(q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], count: int, mask: Tensor) -> Tensor:
+    """`count` questions as a batch of their own, each beside the shared prefix. q [B, H, count * L, D]; k, v: (prefix, own)."""
+    batch, heads, total, dim = q.shape
 
     def own(t: Tensor) -> Tensor:  # [B * count, H, L, D]
-        return t[:, :, at:end].view(batch, heads, count, length, dim).transpose(1, 2).reshape(batch * count, heads, length, dim)
+        return t.view(batch, heads, count, -1, dim).transpose(1, 2).reshape(batch * count, heads, -1, dim)
 
-    def with_prefix(t: Tensor) -> Tensor:
-        shared = t[:, None, :, :prefix].expand(-1, count, -1, -1, -1).reshape(batch * count, heads, prefix, dim)
-        return torch.cat([shared, own(t)], 2)
+    def with_prefix(shared: Tensor, t: Tensor) -> Tensor:
+        if shared.shape[2] == 0:
+            return own(t)
+        spread = shared[:, None].expand(-1, count, -1, -1, -1).reshape(batch * count, heads, -1, dim)
+        return torch.cat([spread, own(t)], 2)
 
-    out = attend(own(q), with_prefix(k), with_prefix(v), mask.to(q.dtype))
-    return out.view(batch, count, heads, length, dim).transpose(1, 2).reshape(batch, heads, count * length, dim)
+    out = attend(own(q), with_prefix(*k), with_prefix(*v), mask.to(q.dtype))
+    return out.view(batch, count, heads, -1, dim).transpose(1, 2).reshape(batch, heads, total, dim)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
