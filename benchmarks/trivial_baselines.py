@@ -8,7 +8,7 @@
 | `mean_box` | nothing | the mean box of the training set |
 | `question_only` | question | a box or "none", by ridge regression on the question's words, fitted on `--train` |
 | `picture_only` | picture | the most salient region: farthest from the picture's median colour |
-| `largest_object` | picture, and the true masks | the object with the largest mask, whatever was asked |
+| `largest_object` | picture, and the true masks | the object with the largest box, whatever was asked |
 | `random_object` | picture, and the true masks | any object, whatever was asked |
 
 The last two are oracles of segmentation: they show what finding objects without reading the question is worth. They
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.dataset import Sample, read_dataset
 from segzero_rt.evaluation import Predict, box_ious, evaluate, summarize
+from segzero_rt.mask import tight_boxes
 from segzero_rt.segmentation import Segmentation
 
 from .measuring import RESULTS, write_result
@@ -77,7 +78,7 @@ def make_baselines(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str,
     rng = np.random.default_rng(0)
 
     def largest(sample: Sample, _: NDArray[np.uint8]) -> Segmentation:
-        return as_result(sample, max(scenes[sample.image_path], key=lambda mask: int(mask.sum()), default=None))
+        return as_result(sample, max(scenes[sample.image_path], key=box_area, default=None))
 
     def any_object(sample: Sample, _: NDArray[np.uint8]) -> Segmentation:
         masks = scenes[sample.image_path]
@@ -91,6 +92,12 @@ def make_baselines(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str,
         "largest_object": largest,
         "random_object": any_object,
     }
+
+
+def box_area(mask: NDArray[np.bool_]) -> float:
+    """Pixels of the box around a mask: boxes of all objects are known, exact masks only of some."""
+    left, top, right, bottom = tight_boxes(mask[None])[0]
+    return float((right - left) * (bottom - top))
 
 
 def segmented(predict: Predict, segment: Callable[[NDArray[np.uint8], list[Prompt]], Segmentation]) -> Predict:
@@ -107,8 +114,8 @@ def as_result(sample: Sample, mask: NDArray[np.bool_] | None) -> Segmentation:
     """One mask as a result; None or an empty mask is "there is none"."""
     if mask is None or not mask.any():
         return Segmentation.empty(Answer(status=AnswerStatus.NONE_FOUND), sample.size_hw)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+    left, top, right, bottom = (float(value) for value in tight_boxes(mask[None])[0])
+    box = (left, top, right, bottom)
     return Segmentation(
         masks=mask[None],
         scores=np.ones(1, np.float32),
