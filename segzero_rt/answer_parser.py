@@ -39,7 +39,7 @@ from segzero_rt.answer_objects import (
     tolerant_objects,
     vision_reasoner_objects,
 )
-from segzero_rt.answer_tags import ANSWER_TAG, Tag, answer_openings, find_tags, thinking_text
+from segzero_rt.answer_tags import TAG, Tag, answer_openings, find_tags, thinking_text
 from segzero_rt.json_reader import Dialect, JsonFault, read_json
 from segzero_rt.json_tolerant import read_tolerant
 
@@ -53,7 +53,7 @@ MAX_VALUES = 256
 MAX_OBJECTS = 120
 """Objects kept of one answer; VisionReasoner's reward has the same bound."""
 
-_VALUE_OR_STOP = re.compile(r"[\[{]|< ?/? ?answer ?>", re.IGNORECASE | re.ASCII)
+_VALUE_OR_TAG = re.compile(r"[\[{]|< ?/? ?(?:think|answer) ?>", re.IGNORECASE | re.ASCII)
 _JOINT = re.compile(r"[\s,;\"'`]*")
 _AROUND_BARE = re.compile(r"(?:[\s,]|```[A-Za-z0-9]{0,16})*")
 _NULL = re.compile(r"(?:\s|```[A-Za-z0-9]{0,16}(?=\s))*(?:null|none)[\s`]*", re.IGNORECASE | re.ASCII)
@@ -190,8 +190,8 @@ def _seg_zero_none(text: str) -> _Found | None:
 def _canonical_answer(
     text: str, begin: int, answer_format: AnswerFormat, finished: bool, tagged: bool
 ) -> list[RawObject] | None:
-    """One RFC 8259 document up to the closing tag; without that tag, up to the end of a reply that was not cut."""
-    stop = ANSWER_TAG.search(text, begin)
+    """One RFC 8259 document up to the next tag; without one, up to the end of a reply that was not cut."""
+    stop = TAG.search(text, begin)
     if stop is None and tagged and not finished:
         return None
     reading = read_json(text, start=begin, end=len(text) if stop is None else stop.start())
@@ -201,7 +201,7 @@ def _canonical_answer(
 def _tolerant_answer(
     text: str, begin: int, answer_format: AnswerFormat, finished: bool, tagged: bool
 ) -> list[RawObject] | None:
-    """The last group of values between `begin` and the next answer tag; None if there is none or one is broken."""
+    """The last group of values between `begin` and the next tag; None if there is none or one is broken."""
     group: list[RawObject] | None = None
     group_end = begin
     for count, (start, end, objects) in enumerate(_values(text, begin, answer_format, may_end=finished)):
@@ -222,23 +222,23 @@ def _tolerant_answer(
 
 
 def _says_null(text: str, begin: int, finished: bool) -> bool:
-    """Whether `null` or `None` is all that stands before the next answer tag (or the end of a reply not cut)."""
+    """Whether `null` or `None` is all that stands before the next tag (or the end of a reply not cut)."""
     word = _NULL.match(text, begin)
     if word is None:
         return False
-    return (word.end() == len(text) and finished) or ANSWER_TAG.match(text, word.end()) is not None
+    return (word.end() == len(text) and finished) or TAG.match(text, word.end()) is not None
 
 
 def _values(
     text: str, begin: int, answer_format: AnswerFormat, *, may_end: bool
 ) -> Iterator[tuple[int, int, list[RawObject] | None]]:
-    """Yields start, end and objects of each value up to the next answer tag.
+    """Yields start, end and objects of each value up to the next tag.
 
     The objects are None for a value that is no answer, and for prose in brackets; the end is -1 for a broken value.
     """
     at = begin
     while True:
-        mark = _VALUE_OR_STOP.search(text, at)
+        mark = _VALUE_OR_TAG.search(text, at)
         if mark is None or mark[0] not in "[{":
             return
         reading = read_tolerant(text, mark.start(), may_end=may_end)
@@ -254,6 +254,6 @@ def _values(
 
 def _stands_alone(text: str, begin: int, start: int, end: int) -> bool:
     """Whether nothing but a code fence is around the value: then `[]` is an answer even without tags."""
-    tail = ANSWER_TAG.search(text, end)
+    tail = TAG.search(text, end)
     stop = len(text) if tail is None else tail.start()
     return bool(_AROUND_BARE.fullmatch(text, begin, start) and _AROUND_BARE.fullmatch(text, end, stop))

@@ -10,9 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ANSWER_TAG = re.compile(r"< ?/? ?answer ?>", re.IGNORECASE | re.ASCII)
-"""Any answer tag: where one follows, an answer ends."""
-_TAG = re.compile(r"< ?(/?) ?(think|answer) ?>", re.IGNORECASE | re.ASCII)
+TAG = re.compile(r"< ?(/?) ?(think|answer) ?>", re.IGNORECASE | re.ASCII)
+"""Any think or answer tag: where one follows, an answer ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +29,7 @@ def find_tags(text: str) -> list[Tag]:
     """Returns every think and answer tag, in order."""
     return [
         Tag(is_think=found[2][0] in "tT", is_close=bool(found[1]), start=found.start(), end=found.end())
-        for found in _TAG.finditer(text)
+        for found in TAG.finditer(text)
     ]
 
 

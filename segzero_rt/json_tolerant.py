@@ -14,7 +14,7 @@ Grammar, beyond RFC 8259 ("in the open" = inside no object, where only lists of 
     array     = "[" … "]" | "(" … ")"                             a last "," may stand
     in the open, around an object in an array:
                 stray quotes and "{" before its "{"; stray quotes and "}" after it; a missing "," before the next "{";
-                a missing "]" at the answer tag that follows, or, if `may_end`, at the end of the text
+                a missing "]" at the think or answer tag that follows, or, if `may_end`, at the end of the text
     string    = quoted by ", ', ` or \" (closed by the same); any characters, line feeds too. A quote inside closes it
                 only if one of , : } ] ) or a comment follows, or the text ends: `"man's "best" hat"` is one string
     number    = [+-] digits [ "." digits ] [ exponent ], leading zeros, ".5", "5." and "+5" allowed
@@ -30,7 +30,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from segzero_rt.answer_tags import ANSWER_TAG
+from segzero_rt.answer_tags import TAG
 from segzero_rt.json_reader import (
     MAX_DEPTH,
     MAX_NUMBER_CHARS,
@@ -238,12 +238,12 @@ class _TolerantScan:
             raise JsonStop(JsonFault.UNEXPECTED, self.at)
 
     def _closes_itself(self, items: list[JsonValue]) -> bool:
-        """Whether a list of whole objects ends here without its bracket: at an answer tag or the end of the text."""
+        """Whether a list of whole objects ends here without its bracket: at a tag or the end of the text."""
         if not items or not isinstance(items[-1], (list, dict)):
             return False
         if self.at >= self._end:
             return self._may_end
-        return self._text[self.at] == "<" and ANSWER_TAG.match(self._text, self.at) is not None
+        return self._text[self.at] == "<" and TAG.match(self._text, self.at) is not None
 
     def _skip_stray_opening(self) -> None:
         """Moves over quotes and opening braces right before an object; any other quote begins a string."""

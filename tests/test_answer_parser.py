@@ -299,6 +299,12 @@ def test_mutants_never_raise_and_invent_no_number() -> None:
                 assert set(prompt.box_xyxy) <= written, text
                 for x, y in prompt.points_xy:
                     assert left <= x <= right and top <= y <= bottom
+        if (
+            len(re.findall("answer", text, re.IGNORECASE)) <= 2
+        ):  # one answer: what is strict JSON is read tolerantly too
+            strict, tolerant = _parse(text, mode="rfc8259"), _parse(text)
+            if strict.status in (AnswerStatus.OK, AnswerStatus.NONE_FOUND):
+                assert tolerant == strict, text
     assert min(statuses[status] for status in ("ok", "none_found", "malformed", "truncated")) > 100, statuses
 
 
