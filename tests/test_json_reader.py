@@ -209,6 +209,8 @@ def test_tolerant_notation(name: str, text: str, value: object) -> None:
         ("brace missing at the end", "[{'a': 1", JsonFault.ENDED),
         ("list of numbers open at a tag", "{'a': [1, 2</answer>", JsonFault.UNEXPECTED),
         ("list of numbers open", "[1, 2", JsonFault.ENDED),
+        ("list of numbers open behind a comma", "[1, 2, ", JsonFault.ENDED),
+        ("list of numbers open behind a comma at a tag", "[1, 2, </answer>", JsonFault.UNEXPECTED),
         ("list in an object open at a tag", "{'a': [{'b': 1}</answer>", JsonFault.UNEXPECTED),
         ("two commas", "[1,, 2]", JsonFault.UNEXPECTED),
         ("comma missing between numbers", "[1 2]", JsonFault.UNEXPECTED),
