@@ -35,7 +35,6 @@ lint: .venv-test/stamp
 .venv-demo/stamp: $(PACKAGING) $(SOURCES)
 	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
-	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	touch $@
 
 .venv-test/stamp: $(PACKAGING)

@@ -213,7 +213,7 @@ def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[A
     _check_checkpoint(folder, "--segmenter")
     export_segmenter = _imported("segmenter").export_segmenter
     _say(f"segmenter: {folder}")
-    exported: SegmenterExport = export_segmenter(folder, work, storage=preset.storage, gate_pictures=pictures)
+    exported: SegmenterExport = export_segmenter(folder, work, storage=preset.storage, pictures=pictures)
     return exported
 
 

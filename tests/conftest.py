@@ -26,7 +26,7 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "policy-checkpoint")
     size = SegmenterSize(
         side=64,
-        stage_dims=(16, 16, 32, 32),
+        stage_dims=(16, 32, 64, 128),
         stage_blocks=(1, 1, 2, 1),
         stage_heads=(1, 1, 2, 2),
         stage_windows=(4, 2, 4, 2),
