@@ -94,7 +94,7 @@ class GraphBuilder:
         if exact or self.storage == "float32":
             self._initializers.append(numpy_helper.from_array(values, path))
             return path
-        if largest > np.finfo(np.float16).max:
+        if largest > float(np.finfo(np.float16).max):
             raise ExportError(f"expected weights that fit into float16, got {largest} in {path}; store it as float32")
         stored = values.astype(np.float16)
         self.lossless &= bool(np.array_equal(stored, values))

@@ -99,6 +99,7 @@ def export_policy(
         pictures=gate_pictures or plain_pictures(),
         questions=gate_questions,
         limits=EXACT if lossless else ROUNDED,
+        max_new_tokens=min(max_new_tokens, 64),
     )
     names = ("embedding.onnx", "vision.onnx", "decoder.onnx", TABLE_FILE, "tokenizer.json")
     return PolicyExport(

@@ -83,6 +83,7 @@ def test_graphs_equal_pytorch(checkpoints: Callable[[str], Path], tmp_path: Path
             input_size_hw=INPUT_SIZES[name],
             flavour=flavour,
             max_length=800,
+            max_new_tokens=24,
             gate_pictures=[random_picture(seed) for seed in range(2)],
             gate_questions=QUESTIONS[-2:],
         ).gate
@@ -288,13 +289,16 @@ def test_published_key_names_and_shards_are_read(checkpoints: Callable[[str], Pa
     for number, half in enumerate(halves, 1):
         save_file(half, old / f"model-{number}.safetensors")
         index.update(dict.fromkeys(half, f"model-{number}.safetensors"))
-    (old / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (old / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     new_checkpoint, old_checkpoint = PolicyCheckpoint(source), PolicyCheckpoint(old)
     assert new_checkpoint.text == old_checkpoint.text
     assert new_checkpoint.vision == old_checkpoint.vision
     for key in ("lm_head.weight", "model.visual.merger.mlp.2.bias", "model.language_model.layers.1.mlp.up_proj.weight"):
         np.testing.assert_allclose(old_checkpoint.tensor(key), new_checkpoint.tensor(key), rtol=1e-2)
-    assert export_policy(old, tmp_path / "out", input_size_hw=(56, 84), max_length=600).gate["top1"] == 1.0
+    assert (
+        export_policy(old, tmp_path / "out", input_size_hw=(56, 84), max_length=600, max_new_tokens=24).gate["top1"]
+        == 1.0
+    )
 
 
 # --- what must not become a bundle ---------------------------------------------------------------------------------
@@ -399,7 +403,7 @@ def test_rounded_weights_are_measured_by_looser_limits(checkpoints: Callable[[st
             value.mul_(1 + 1e-4)
 
     folder = damaged_copy(checkpoints("grouped-heads"), tmp_path / "hf", edit_weights(blur))
-    options: dict[str, Any] = {"input_size_hw": (56, 56), "max_length": 600}
+    options: dict[str, Any] = {"input_size_hw": (56, 56), "max_length": 600, "max_new_tokens": 24}
     half = export_policy(folder, tmp_path / "half", storage="float16", **options).gate
     whole = export_policy(folder, tmp_path / "whole", storage="float32", **options).gate
     assert not half["limits"]["same_tokens"]
