@@ -10,20 +10,14 @@ from segzero_rt.bundle import EMBEDDED, write_bundle
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of a few hundred kilobytes with random weights, exported as any other. It says nothing sensible."""
-    from dataclasses import replace
-
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a policy and a segmenter with random weights, as transformers saves them."""
     from policy_checkpoints import write_checkpoint
 
-    from export.command import assemble, tabletop
-    from export.policy import export_policy
-    from export.segmenter import export_segmenter
     from training.segmenter_model import SegmenterSize, build_segmenter
 
-    folder = tmp_path_factory.mktemp("tiny")
-    preset = replace(tabletop(), name="tiny", input_size_hw=(56, 84), max_length=512, max_new_tokens=24)
-    write_checkpoint(folder / "policy-checkpoint")
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(folder / "policy")
     size = SegmenterSize(
         side=64,
         stage_dims=(16, 32, 64, 128),
@@ -33,18 +27,32 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         global_blocks=(3,),
         decoder_dim=32,
     )
-    build_segmenter(size).save_pretrained(folder / "segmenter-checkpoint")
+    build_segmenter(size).save_pretrained(folder / "segmenter")
+    return folder / "policy", folder / "segmenter"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: tuple[Path, Path]) -> Path:
+    """A bundle of a few hundred kilobytes with random weights, exported as any other. It says nothing sensible."""
+    from dataclasses import replace
+
+    from export.command import assemble, tabletop
+    from export.policy import export_policy
+    from export.segmenter import export_segmenter
+
+    work = tmp_path_factory.mktemp("tiny")
+    preset = replace(tabletop(), name="tiny", input_size_hw=(56, 84), max_length=512, max_new_tokens=24)
     policy = export_policy(
-        folder / "policy-checkpoint",
-        folder / "work",
+        tiny_checkpoints[0],
+        work / "parts",
         input_size_hw=preset.input_size_hw,
         max_length=preset.max_length,
         max_new_tokens=preset.max_new_tokens,
         gate_questions=("the red cup",),
     )
-    segmenter = export_segmenter(folder / "segmenter-checkpoint", folder / "work")
+    segmenter = export_segmenter(tiny_checkpoints[1], work / "parts")
     manifest, files = assemble(preset, "tiny", policy, segmenter, None)
-    return write_bundle(folder / "bundle", manifest, files).root
+    return write_bundle(work / "bundle", manifest, files).root
 
 
 @pytest.fixture(scope="session")

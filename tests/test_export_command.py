@@ -1,0 +1,99 @@
+"""`segzero export`: a bundle that runs, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import command
+from export.command import PRESETS, assemble, tabletop
+from segzero_rt.bundle import Bundle
+from segzero_rt.cli import make_parser
+from segzero_rt.errors import BundleError, ExportError, SegZeroError
+
+
+@pytest.fixture
+def export(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def call(*arguments: object) -> dict[str, Any]:
+        parsed = make_parser(command).parse_args([*map(str, arguments), "--json"])  # type: ignore[arg-type]
+        capsys.readouterr()
+        assert command.execute(parsed) == 0
+        document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return document
+
+    return call
+
+
+@pytest.mark.slow
+def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
+    export: Callable[..., dict[str, Any]], tiny_checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    policy, segmenter = tiny_checkpoints
+    out = tmp_path / "bundle"
+    document = export("tabletop", "--policy", policy, "--segmenter", segmenter, "--out", out, "--name", "first")
+    bundle = Bundle.open(out)
+    assert bundle.manifest.name == document["name"] == "first"
+    assert bundle.manifest.policy.input_size_hw == tabletop().input_size_hw
+    assert set(bundle.manifest.gates) == {"policy", "segmenter"}
+    assert bundle.manifest.memory_bytes["cpu_peak"] > 10_000_000
+    with pytest.raises(BundleError, match="overwrite"):
+        export("tabletop", "--segmenter", segmenter, "--base", out, "--out", out)
+    export("tabletop", "--segmenter", segmenter, "--base", out, "--out", out, "--overwrite", "--format", "seg_zero")
+    replaced = Bundle.open(out)
+    assert replaced.manifest.answer_format == "seg_zero"
+    assert replaced.manifest.policy == bundle.manifest.policy
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--policy", "gone", "--segmenter", "gone"), "config.json"),
+        (("--policy", "."), "--segmenter"),
+        ((), "--policy and --segmenter"),
+        (("--policy", ".", "--segmenter", ".", "--gate-images", "."), "PNG or JPEG"),
+        (("--base", "gone"), "gone"),
+    ],
+    ids=["gone", "no segmenter", "nothing", "no pictures", "no base"],
+)
+def test_what_cannot_be_exported_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parsed = make_parser(command).parse_args(["tabletop", *arguments, "--out", "out"])  # type: ignore[arg-type]
+    with pytest.raises(SegZeroError, match=expected):
+        command.execute(parsed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_gate_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoints: tuple[Path, Path]
+) -> None:
+    from export import gate, policy
+
+    monkeypatch.setattr(policy, "EXACT", gate.GateLimits(max_vision_error=-1.0))
+    policy_folder, segmenter_folder = tiny_checkpoints
+    options = ("--policy", str(policy_folder), "--segmenter", str(segmenter_folder), "--out", str(tmp_path / "out"))
+    with pytest.raises(ExportError, match="vision_error"):
+        command.execute(make_parser(command).parse_args(["tabletop", *options]))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_whole_configurations() -> None:
+    for name, preset in PRESETS.items():
+        assert preset().name == name
+    with pytest.raises(ValueError, match="format"):
+        command.Preset(**{**_fields(tabletop()), "answer_format": "xml"})
+
+
+def test_assembling_needs_both_parts() -> None:
+    with pytest.raises(ExportError, match="both parts"):
+        assemble(tabletop(), "x", None, None, None)
+
+
+def _fields(preset: command.Preset) -> dict[str, Any]:
+    return {name: getattr(preset, name) for name in preset.__slots__}
