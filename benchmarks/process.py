@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .measuring import RESULTS, paired, pin_to_cores, write_result
+from .measuring import RESULTS, paired, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,14 +37,13 @@ class Run:
 def main() -> None:
     """Times both commands in turn and writes one result file."""
     arguments = _parse()
-    pin_to_cores(arguments.threads)
     commands = make_commands(arguments)
-    warm = {name: run_once(command) for name, command in commands.items()}
+    warm = {name: run_once(command, cores=arguments.threads) for name, command in commands.items()}
     check_answers(warm["segzero"].document, warm["baseline"].document)
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for index in range(arguments.runs):
         for name in sorted(commands, reverse=bool(index % 2)):
-            runs[name].append(run_once(commands[name]))
+            runs[name].append(run_once(commands[name], cores=arguments.threads))
     ours, theirs = runs["segzero"], runs["baseline"]
     document = {
         "threads": arguments.threads,
@@ -69,8 +68,8 @@ def make_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     }
 
 
-def run_once(command: list[str]) -> Run:
-    """Runs one child to its end.
+def run_once(command: list[str], *, cores: int) -> Run:
+    """Runs one child to its end, pinned to so many cores.
 
     Raises:
         SystemExit: the child failed; exit status 3 of `segzero run` (no usable answer) is a result like any other.
@@ -78,7 +77,7 @@ def run_once(command: list[str]) -> Run:
     reader, writer = os.pipe()
     with os.fdopen(reader, encoding="utf-8") as account:
         launcher = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(writer), *command],
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(writer), str(cores), *command],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -102,8 +101,9 @@ def run_once(command: list[str]) -> Run:
 # process that has imported nothing starts it and waits for it.
 _LAUNCHER = """
 import os, sys, time
-account, command = int(sys.argv[1]), sys.argv[2:]
+account, cores, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 os.set_inheritable(account, False)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 start = time.perf_counter()
 child = os.posix_spawnp(command[0], command, os.environ)
 _, status, usage = os.wait4(child, 0)

@@ -107,6 +107,11 @@ class TransformersPipeline:
             timings_ms=timings_ms,
         )
 
+    @torch.inference_mode()
+    def segment(self, image_rgb: np.ndarray, box: list[float], point: list[float]) -> tuple[np.ndarray, float]:
+        """Mask bool [H, W] and score of one prompt in pixels of the picture."""
+        return self._predict(self._set_image(Image.fromarray(image_rgb)), box, point, image_rgb.shape[:2])
+
     def _inputs(self, picture: Image.Image, question: str) -> dict[str, torch.Tensor]:
         settings = self.manifest["policy"]
         height, width = settings["input_size_hw"]

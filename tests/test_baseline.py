@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.baseline import interleave
 from benchmarks.measuring import paired, write_result
 from benchmarks.process import check_answers, run_once
-from segzero_rt.commands.bench import Task
+from segzero_rt.commands.bench import Task, draw_picture
+from segzero_rt.environment import available_cores
+from segzero_rt.mask import mask_iou
 
+ROOT = Path(__file__).parent.parent
 ALLOCATE = "import sys; block = bytearray({megabytes} * 1_000_000); print('{{\"objects\": []}}'); sys.exit({status})"
 
 
@@ -54,7 +60,9 @@ def test_interleave_takes_turns_and_keeps_sides_apart() -> None:
 
 def test_counts_the_memory_of_the_child_and_not_of_this_process() -> None:
     ballast = np.ones(400_000_000, np.uint8)  # larger than both children together
-    small, large = (run_once([sys.executable, "-c", ALLOCATE.format(megabytes=size, status=0)]) for size in (1, 150))
+    small, large = (
+        run_once([sys.executable, "-c", ALLOCATE.format(megabytes=size, status=0)], cores=1) for size in (1, 150)
+    )
     assert ballast[-1] == 1
     assert 140e6 < large.peak_bytes - small.peak_bytes < 160e6
     assert small.peak_bytes < 100e6
@@ -62,15 +70,21 @@ def test_counts_the_memory_of_the_child_and_not_of_this_process() -> None:
 
 
 def test_a_run_without_an_answer_counts_and_a_crash_does_not() -> None:
-    run = run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=3)])
+    run = run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=3)], cores=1)
     assert run.document == {"objects": []}
     with pytest.raises(SystemExit, match="ended with 1"):
-        run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=1)])
+        run_once([sys.executable, "-c", ALLOCATE.format(megabytes=1, status=1)], cores=1)
 
 
 def test_large_outputs_do_not_block() -> None:
     script = "import sys; sys.stderr.write('x' * 300_000); print('y' * 300_000); print('{}')"
-    assert run_once([sys.executable, "-c", script]).document == {}
+    assert run_once([sys.executable, "-c", script], cores=1).document == {}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_children_are_pinned(cores: int) -> None:
+    script = "import json, os; print(json.dumps(len(os.sched_getaffinity(0))))"
+    assert run_once([sys.executable, "-c", script], cores=cores).document == min(cores, available_cores())
 
 
 def test_different_answers_are_not_timed() -> None:
@@ -89,3 +103,68 @@ def test_results_are_dated_whole_and_name_no_folders(tmp_path: Path, monkeypatch
     assert document["date"][:10].replace("-", "") in path.name
     assert "secret" not in path.read_text()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models with random weights: checkpoints `policy` and `segmenter`, and the `bundle` that is made of them."""
+    import torch
+    from policy_checkpoints import write_checkpoint
+    from transformers import Sam2Model
+
+    from export import command
+    from training.segmenter_model import SegmenterSize
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder / "policy")
+    torch.manual_seed(0)
+    size = SegmenterSize(stage_dims=(16, 32, 64, 128), decoder_dim=32)
+    Sam2Model(size.config()).half().float().save_pretrained(folder / "segmenter")
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    checkpoints = ["--policy", str(folder / "policy"), "--segmenter", str(folder / "segmenter")]
+    assert command.execute(parser.parse_args(["tabletop", *checkpoints, "--out", str(folder / "bundle")])) == 0
+    return folder
+
+
+def run_program(name: str, tiny: Path, *options: str) -> dict[str, Any]:
+    checkpoints = ["--policy", str(tiny / "policy"), "--segmenter", str(tiny / "segmenter")]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, *checkpoints, "--bundle", str(tiny / "bundle")]
+    run = subprocess.run([*command, "--out", str(tiny / "results")], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    document: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    assert Path(document["result"]).is_file()
+    return document
+
+
+@pytest.mark.slow
+def test_both_sides_say_the_same(tiny: Path) -> None:
+    result = run_program("baseline", tiny, "--questions", "4", "--threads", "1")["by_threads"]["1"]
+    assert result["num_equal"] == result["num_questions"] == 4 and result["different"] == []
+    assert result["new_tokens"] > 10
+    assert result["end_to_end_ms"]["ratio"] > 1
+    assert {"generate", "set_image"} <= set(result["baseline"]["stages_ms"])
+
+
+@pytest.mark.slow
+def test_whole_processes(tiny: Path) -> None:
+    picture = tiny / "picture.png"
+    Image.fromarray(draw_picture(0)).save(picture)
+    document = run_program("process", tiny, str(picture), "the red cup", "--runs", "1", "--threads", "1")
+    assert document["memory_share"] < 1 and document["wall_ms"]["ratio"] > 1
+
+
+@pytest.mark.slow
+def test_both_segmenters_mask_the_same(tiny: Path) -> None:
+    from benchmarks.transformers_pipeline import TransformersPipeline
+    from segzero_rt.answer import Prompt
+    from segzero_rt.pipeline import SegZero
+
+    theirs = TransformersPipeline(tiny / "bundle", tiny / "policy", tiny / "segmenter", round_weights=True)
+    ours = SegZero.load(tiny / "bundle", backend="cpu", threads=1)
+    picture = draw_picture(1)
+    prompt = Prompt(box_xyxy=(100, 80, 300, 260), points_xy=((200, 170),))
+    result = ours.segment(picture, [prompt])
+    mask, score = theirs.segment(picture, list(prompt.box_xyxy), list(prompt.points_xy[0]))
+    assert mask.any() and mask_iou(result.masks[0], mask) > 0.98
+    assert float(result.scores[0]) == pytest.approx(score, abs=1e-3)
