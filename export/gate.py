@@ -39,6 +39,15 @@ EXACT = GateLimits()
 """For weights that are stored without loss."""
 ROUNDED = GateLimits(max_vision_error=2e-2, max_kl=2e-2, min_top1=0.98, same_tokens=False)
 """For weights that storing rounds to 16 bits."""
+QUANTIZED = GateLimits(max_vision_error=0.1, max_kl=0.5, min_top1=0.9, same_tokens=False)
+"""For int8: catches faults. What quantisation costs is for an evaluation with labelled questions to say."""
+
+
+def default_limits(storage: str, *, lossless: bool) -> GateLimits:
+    """Limits for weights stored as "float16", "float32" or "int8"; `lossless` when storing changed none of them."""
+    if storage == "int8":
+        return QUANTIZED
+    return EXACT if lossless else ROUNDED
 
 
 def gate_policy(

@@ -1,8 +1,8 @@
 """Writes ONNX graphs node by node: weights in their storage precision, the layers that policies are made of.
 
-Graphs are computed in float32 whatever their weights are stored in: a stored weight goes through a Cast, which ONNX
-Runtime folds away when it loads the file. Two dialects: `fused` uses ONNX Runtime's own operators (domain
-com.microsoft), otherwise only operators of opset 17.
+Weights stored as floats are computed with in float32: each goes through a Cast, which ONNX Runtime folds away when it
+loads the file. With int8 storage the products are computed in int8 and all else in float32. Two dialects: `fused` uses
+ONNX Runtime's own operators (domain com.microsoft), otherwise only operators of opset 17.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from segzero_rt.graph_spec import GraphSpec, TensorSpec
 OPSET = 17
 IR_VERSION = 8
 MICROSOFT = "com.microsoft"
-STORAGES = ("float16", "float32")
+STORAGES = ("float16", "float32", "int8")
 
 
 class GraphBuilder:
@@ -30,7 +30,9 @@ class GraphBuilder:
 
     def __init__(self, spec: GraphSpec, *, storage: str = "float16", fused: bool = True) -> None:
         if storage not in STORAGES:
-            raise ExportError(f"expected weights stored as {' or '.join(STORAGES)}, got {storage!r}")
+            raise ExportError(f"expected weights stored as {', '.join(STORAGES)}, got {storage!r}")
+        if storage == "int8" and not fused:
+            raise ExportError("expected flavour ort for int8 weights, got portable; its operators know floats alone")
         self.spec = spec
         self.storage = storage
         self.fused = fused
@@ -103,9 +105,9 @@ class GraphBuilder:
 
     def external_weight(self, name: str, shape: tuple[int, int], location: str) -> str:
         """A weight whose bytes are the whole of the file `location` beside the graph, in the storage precision."""
-        element = TensorProto.FLOAT16 if self.storage == "float16" else TensorProto.FLOAT
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(float_storage(self.storage)))
         tensor = TensorProto(name=name, data_type=element, dims=shape, data_location=TensorProto.EXTERNAL)
-        length = int(np.prod(shape)) * np.dtype(self.storage).itemsize
+        length = int(np.prod(shape)) * np.dtype(float_storage(self.storage)).itemsize
         for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
             tensor.external_data.add(key=key, value=value)
         self._initializers.append(tensor)
@@ -115,12 +117,34 @@ class GraphBuilder:
         """Casts from the storage precision to the one that is computed in."""
         return self.node("Cast", [x], output=output, to=TensorProto.FLOAT)
 
-    def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
-        """`x @ weight.T + bias`, with `weight` as PyTorch keeps it: [out, in]."""
-        product = self.node("MatMul", [x, self.weight(f"{name}.weight", weight.T)])
+    def linear(
+        self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None, *, flat: bool = False
+    ) -> str:
+        """`x @ weight.T + bias`, with `weight` as PyTorch keeps it: [out, in].
+
+        Args:
+            flat: `x` has two axes, so that one Gemm can do product and bias.
+        """
+        if self.storage == "int8":
+            return self._quantized_linear(x, name, weight, bias)
+        stored = self.weight(f"{name}.weight", weight.T)
         if bias is None:
-            return product
-        return self.node("Add", [product, self.weight(f"{name}.bias", bias)])
+            return self.node("MatMul", [x, stored])
+        if flat:
+            return self.node("Gemm", [x, stored, self.weight(f"{name}.bias", bias)])
+        return self.node("Add", [self.node("MatMul", [x, stored]), self.weight(f"{name}.bias", bias)])
+
+    def _quantized_linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
+        """Weights as int8 with one scale per output; ONNX Runtime quantises `x` as it comes and sums in int32."""
+        path = "/".join([*self._path, name])
+        scale = np.maximum(np.abs(weight).max(axis=1), 1e-12).astype(np.float32) / 127
+        rounded = np.round(weight / scale[:, None]).astype(np.int8)
+        self.lossless = False
+        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(rounded.T), f"{path}.weight:int8"))
+        inputs = [x, f"{path}.weight:int8", self.weight(f"{name}.scale", scale, exact=True)]
+        if bias is not None:
+            inputs += ["", self.weight(f"{name}.bias", bias)]
+        return self.node("DynamicQuantizeMatMul", inputs, domain=MICROSOFT)
 
     def rms_norm(self, x: str, name: str, weight: np.ndarray, epsilon: float) -> str:
         """Root-mean-square norm over the last axis."""
@@ -132,13 +156,17 @@ class GraphBuilder:
         root = self.node("Sqrt", [self.node("Add", [mean, self.constant(epsilon, "float32")])])
         return self.node("Mul", [self.node("Div", [x, root]), scale])
 
-    def add_rms_norm(self, x: str, residual: str, name: str, weight: np.ndarray, epsilon: float) -> tuple[str, str]:
-        """Returns (norm of the sum, the sum)."""
+    def add_rms_norm(
+        self, x: str, residual: str, name: str, weight: np.ndarray, epsilon: float, bias: np.ndarray | None = None
+    ) -> tuple[str, str]:
+        """Returns (norm of `x + bias + residual`, that sum)."""
+        biases = [] if bias is None else [self.weight(f"{name}.added_bias", bias)]
         if not self.fused:
+            x = self.node("Add", [x, *biases]) if biases else x
             total = self.node("Add", [x, residual])
             return self.rms_norm(total, name, weight, epsilon), total
         outputs = [self._fresh("normed"), "", "", self._fresh("residual")]
-        inputs = [x, residual, self.weight(name, weight)]
+        inputs = [x, residual, self.weight(name, weight), *biases]
         self.nodes("SkipSimplifiedLayerNormalization", inputs, outputs, domain=MICROSOFT, epsilon=epsilon)
         return outputs[0], outputs[3]
 
@@ -200,6 +228,11 @@ class GraphBuilder:
         count = self._used.get(path, 0)
         self._used[path] = count + 1
         return f"{path}_{count}" if count else path
+
+
+def float_storage(storage: str) -> str:
+    """What is stored of tensors that are no matrices of products: token tables, norms, biases."""
+    return "float32" if storage == "float32" else "float16"
 
 
 def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:

@@ -15,7 +15,7 @@ from segzero_rt.errors import ExportError
 from segzero_rt.manifest import PolicyGraphs, PolicyManifest
 from segzero_rt.policy import VISION_ROPE_THETA, Policy
 
-from .gate import EXACT, QUESTIONS, ROUNDED, gate_policy, plain_pictures
+from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
 from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
@@ -50,6 +50,7 @@ def export_policy(
     answer_format: str = "vision_reasoner",
     gate_pictures: Sequence[NDArray[np.uint8]] = (),
     gate_questions: Sequence[str] = QUESTIONS,
+    gate_limits: GateLimits | None = None,
 ) -> PolicyExport:
     """Writes the graphs of a policy into `out_dir`, and compares them with PyTorch.
 
@@ -57,13 +58,15 @@ def export_policy(
         hf_folder: `config.json`, safetensors and `tokenizer.json`.
         input_size_hw: size in pixels that pictures are resized to, in multiples of a token's side.
         flavour: of the decoder, "ort" or "portable".
-        storage: precision of the weights in the files; all is computed in float32.
+        storage: precision of the weights in the files. "float16" and "float32" are computed in float32; "int8" is
+            computed in int8, faster and less exact (flavour "ort" alone).
         resampler: what training resized with.
         max_length: tokens of the cache, for prefix, picture, question and reply together.
         max_new_tokens: default budget of a reply.
         answer_format: whose prompts the gate asks with.
         gate_pictures: uint8 [H, W, 3] of any size; some patches of colour by default.
         gate_questions: asked on each of them.
+        gate_limits: what the export must reach; by default what its storage allows.
 
     Raises:
         ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, or the gate failed.
@@ -98,7 +101,7 @@ def export_policy(
         policy,
         pictures=gate_pictures or plain_pictures(),
         questions=gate_questions,
-        limits=EXACT if lossless else ROUNDED,
+        limits=gate_limits or default_limits(storage, lossless=lossless),
         max_new_tokens=min(max_new_tokens, 64),
     )
     names = ("embedding.onnx", "vision.onnx", "decoder.onnx", TABLE_FILE, "tokenizer.json")

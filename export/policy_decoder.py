@@ -18,7 +18,7 @@ from segzero_rt.graph_spec import decoder_spec
 
 from .graph_builder import MICROSOFT, GraphBuilder
 from .policy_checkpoint import PolicyCheckpoint, TextSizes
-from .policy_embedding import TABLE_FILE
+from .policy_embedding import TABLE_FILE, TOKEN_TABLE_KEY
 
 
 def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
@@ -26,7 +26,7 @@ def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -
 
     Args:
         flavour: "ort" or "portable".
-        storage: precision of the weights in the file, "float16" or "float32".
+        storage: precision of the weights in the file, "float16", "float32" or "int8".
     """
     text = checkpoint.text
     spec = decoder_spec(
@@ -181,15 +181,18 @@ def _output_layer(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -
     text = checkpoint.text
     rows = builder.node("Unsqueeze", ["logits_rows", builder.constant([-1])])
     picked = builder.node("GatherND", [x, rows], batch_dims=1)
+    shape = (text.vocab_size, text.hidden_size)
+    if builder.storage == "int8":  # a copy of its own, small: tied weights are looked up as floats, multiplied as int8
+        weight = checkpoint.tensor(TOKEN_TABLE_KEY if text.tied else "lm_head.weight", shape)
+        builder.node("Identity", [builder.linear(picked, "lm_head", weight)], output="logits")
+        return
     if text.tied:
-        table = builder.as_float32(
-            builder.external_weight("token_table", (text.vocab_size, text.hidden_size), TABLE_FILE)
-        )
+        table = builder.as_float32(builder.external_weight("token_table", shape, TABLE_FILE))
     else:
-        table = builder.weight("lm_head", checkpoint.tensor("lm_head.weight", (text.vocab_size, text.hidden_size)))
+        table = builder.weight("lm_head", checkpoint.tensor("lm_head.weight", shape))
     # Gemm and not MatMul: it takes the table as it lies on disk, [vocab, hidden], but only knows two axes.
     flat = builder.node("Gemm", [builder.reshape(picked, [-1, text.hidden_size]), table], transB=1)
-    shape = builder.node(
+    sizes = builder.node(
         "Concat", [builder.node("Shape", ["logits_rows"]), builder.constant([text.vocab_size])], axis=0
     )
-    builder.node("Reshape", [flat, shape], output="logits", allowzero=1)  # no rows asked for: a length of 0
+    builder.node("Reshape", [flat, sizes], output="logits", allowzero=1)  # no rows asked for: a length of 0

@@ -6,7 +6,8 @@
 Where this departs from transformers' `Qwen2_5_VisionTransformerPretrainedModel` (same numbers, other arithmetic order):
 1. one frame: the published weights convolve two copies of it, so the two halves of the kernel are added at export;
 2. patches come in window order from the host, as do windows and rotary values;
-3. windows are padded to one length and attended in one batch; the original takes them one by one.
+3. windows are padded to one length and attended in one batch; the original takes them one by one;
+4. biases before a norm are added by it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _EPSILON = 1e-6  # of every norm in the tower; fixed in the original too
 
 
 def build_vision(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
-    """The vision tower's graph.
+    """The vision tower's graph. Between its attentions, all patches of all pictures stand in one matrix.
 
     Args:
         flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
-        storage: precision of the weights in the file, "float16" or "float32".
+        storage: precision of the weights in the file, "float16", "float32" or "int8".
     """
     sizes = checkpoint.vision
     patch_dim = sizes.channels * sizes.patch_size**2
@@ -34,16 +35,15 @@ def build_vision(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) ->
     builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
     # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
     patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint).T, exact=True)
-    residual = builder.node("MatMul", ["patches", patch_weight])
+    residual = builder.node("MatMul", [builder.reshape("patches", [-1, patch_dim]), patch_weight])
     attention = _VisionAttention(builder, sizes)
-    branch = ""
+    branch: _Branch | None = None
     for block in range(sizes.depth):
         with builder.scope(f"blocks.{block}"):
             weights = _BlockWeights(checkpoint, block)
             x, residual = _norm(builder, branch, residual, "norm1", weights.norm("norm1"))
-            packed = builder.linear(x, "qkv", *weights.linear("attn.qkv", 3 * sizes.hidden_size, sizes.hidden_size))
-            mixed = attention.attend(packed, everywhere=block in sizes.full_attention_blocks)
-            branch = builder.linear(mixed, "proj", *weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
+            mixed = attention.attend(x, weights, everywhere=block in sizes.full_attention_blocks)
+            branch = _branch(builder, mixed, "proj", weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
             x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
             branch = _feed_forward(builder, x, weights, sizes)
     with builder.scope("merger"):
@@ -63,10 +63,15 @@ class _BlockWeights:
         return self._checkpoint.tensor(f"{self._prefix}{name}.weight", (self._checkpoint.vision.hidden_size,))
 
     def linear(self, name: str, out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weight [out, in] and bias."""
         return (
             self._checkpoint.tensor(f"{self._prefix}{name}.weight", (out_width, in_width)),
             self._checkpoint.tensor(f"{self._prefix}{name}.bias", (out_width,)),
         )
+
+
+_Branch = tuple[str, np.ndarray]
+"""Output of a half-block that is still to be added to the residual, and the bias that is still to be added to it."""
 
 
 class _VisionAttention:
@@ -75,20 +80,30 @@ class _VisionAttention:
     def __init__(self, builder: GraphBuilder, sizes: VisionSizes) -> None:
         self._builder = builder
         self._sizes = sizes
+        per_picture = [builder.lengths("patches", 0, 1), builder.constant([sizes.hidden_size])]
+        self._per_picture = builder.node("Concat", per_picture, axis=0)
         if builder.fused:
             self._first_position = builder.constant([0])  # patch i takes row i of the rotary table
         else:
             self._cos = builder.node("Unsqueeze", ["rotary_cos", builder.constant([1])])
             self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
 
-    def attend(self, packed: str, *, everywhere: bool) -> str:
-        """[batch, patches, 3 * hidden] to [batch, patches, hidden]."""
-        builder = self._builder
-        query, key, value = builder.nodes("Split", [packed], [builder.name(part) for part in "qkv"], axis=-1)
+    def attend(self, x: str, weights: _BlockWeights, *, everywhere: bool) -> str:
+        """[batch * patches, hidden] to the same, mixed."""
+        builder, width = self._builder, self._sizes.hidden_size
+        weight, bias = weights.linear("attn.qkv", 3 * width, width)
+        query, key, value = (
+            builder.reshape(
+                builder.linear(
+                    x, part, weight[i * width : (i + 1) * width], bias[i * width : (i + 1) * width], flat=True
+                ),
+                self._per_picture,
+            )
+            for i, part in enumerate("qkv")
+        )
         query, key = self._rotate(query), self._rotate(key)
-        if everywhere:
-            return self._attend_all(query, key, value)
-        return self._attend_windows(query, key, value)
+        mixed = self._attend_all(query, key, value) if everywhere else self._attend_windows(query, key, value)
+        return builder.reshape(mixed, [-1, width])
 
     def _rotate(self, x: str) -> str:
         builder, sizes = self._builder, self._sizes
@@ -138,37 +153,40 @@ class _VisionAttention:
         return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
 
 
-def _norm(builder: GraphBuilder, branch: str, residual: str, name: str, weight: np.ndarray) -> tuple[str, str]:
+def _branch(builder: GraphBuilder, x: str, name: str, weights: tuple[np.ndarray, np.ndarray]) -> _Branch:
+    """A product whose bias is left to the norm that follows, which adds it on the way."""
+    return builder.linear(x, name, weights[0]), weights[1]
+
+
+def _norm(
+    builder: GraphBuilder, branch: _Branch | None, residual: str, name: str, weight: np.ndarray
+) -> tuple[str, str]:
     """Adds the last half-block's output, if any, and norms. Returns (normed, the new residual)."""
-    if not branch:
+    if branch is None:
         return builder.rms_norm(residual, name, weight, _EPSILON), residual
-    return builder.add_rms_norm(branch, residual, name, weight, _EPSILON)
+    return builder.add_rms_norm(branch[0], residual, name, weight, _EPSILON, bias=branch[1])
 
 
-def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> str:
+def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> _Branch:
     wide, narrow = sizes.intermediate_size, sizes.hidden_size
-    gate_weight, gate_bias = weights.linear("mlp.gate_proj", wide, narrow)
-    up_weight, up_bias = weights.linear("mlp.up_proj", wide, narrow)
-    packed = builder.linear(
-        x, "gate_up", np.concatenate([gate_weight, up_weight]), np.concatenate([gate_bias, up_bias])
-    )
-    gate, up = builder.nodes("Split", [packed], [builder.name("gate"), builder.name("up")], axis=-1)
+    gate = builder.linear(x, "gate", *weights.linear("mlp.gate_proj", wide, narrow), flat=True)
+    up = builder.linear(x, "up", *weights.linear("mlp.up_proj", wide, narrow), flat=True)
     hidden = builder.node("Mul", [builder.silu(gate), up])
-    return builder.linear(hidden, "down", *weights.linear("mlp.down_proj", narrow, wide))
+    return _branch(builder, hidden, "down", weights.linear("mlp.down_proj", narrow, wide))
 
 
 def _merge(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
     """Neighbouring patches (consecutive in window order) to one token, in the decoder's width and in raster order."""
     sizes, hidden_size = checkpoint.vision, checkpoint.text.hidden_size
     wide = sizes.hidden_size * sizes.merge_size**2
-    shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, wide])], axis=0)
-    x = builder.reshape(x, shape)
+    x = builder.reshape(x, [-1, wide])
     prefix = "model.visual.merger.mlp."
     for name, layer, out_width in (("fc1", 0, wide), ("fc2", 2, hidden_size)):
         weight = checkpoint.tensor(f"{prefix}{layer}.weight", (out_width, wide))
-        x = builder.linear(x, name, weight, checkpoint.tensor(f"{prefix}{layer}.bias", (out_width,)))
+        x = builder.linear(x, name, weight, checkpoint.tensor(f"{prefix}{layer}.bias", (out_width,)), flat=True)
         x = builder.gelu(x) if name == "fc1" else x
-    builder.node("Gather", [x, "token_order"], output="image_features", axis=1)
+    shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, hidden_size])], axis=0)
+    builder.node("Gather", [builder.reshape(x, shape), "token_order"], output="image_features", axis=1)
 
 
 def _one_frame_weight(checkpoint: PolicyCheckpoint) -> np.ndarray:
