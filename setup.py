@@ -28,7 +28,8 @@ CORE = [
 CPU = ["onnxruntime>=1.23"]
 # transformers 5 renamed the Qwen2.5-VL and SAM 2 classes that the exporters load weights from.
 TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4"]
-EXPORT = [*TORCH, "onnx>=1.18", "onnxruntime>=1.23"]
+# torch.onnx.export(dynamo=True) writes through onnxscript.
+EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
 TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0"]
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 DEV = [

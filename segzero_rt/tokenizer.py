@@ -99,12 +99,12 @@ class Tokenizer:
             end = found.end()
         return numbers + self._encode_plain(text[end:])
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of tokens; special ones and numbers that no token has are left out.
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of tokens; numbers that no token has are left out, and special ones, unless they are asked for.
 
         Bytes that are no UTF-8 become replacement characters.
         """
-        known = (number for number in token_ids if number not in self._special)
+        known = (number for number in token_ids if not (skip_special_tokens and number in self._special))
         return b"".join(map(self._bytes_of, known)).decode("utf-8", "replace")
 
     def _encode_plain(self, text: str) -> list[int]:

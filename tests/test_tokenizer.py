@@ -103,6 +103,7 @@ def test_the_text_is_the_librarys(pair: tuple[Tokenizer, Any]) -> None:
     rows += [ours.encode(text, special=True) for text in TEXTS]
     for row in rows:
         assert ours.decode(row) == library.decode(row, skip_special_tokens=True), row
+        assert ours.decode(row, skip_special_tokens=False) == library.decode(row, skip_special_tokens=False), row
 
 
 def test_the_vocabulary_is_the_librarys(pair: tuple[Tokenizer, Any]) -> None:
@@ -130,17 +131,17 @@ def test_text_goes_round(pair: tuple[Tokenizer, Any]) -> None:
 
 @pytest.mark.parametrize("text", ["a" * 10_000, "7" * 10_000, "漢" * 10_000, " " * 10_000], ids=lambda text: text[0])
 def test_ten_thousand_characters_take_no_time(pair: tuple[Tokenizer, Any], text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert pair[0].decode(pair[0].encode(text, special=False)) == text
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_random_letters_without_a_space_take_no_time(pair: tuple[Tokenizer, Any]) -> None:
     generator = random.Random(4)
-    text = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=10_000))
-    start = time.perf_counter()
+    text = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=2_500))
+    start = time.process_time()
     assert pair[0].encode(text, special=False) == pair[1].encode(text, add_special_tokens=False).ids
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 5
 
 
 def test_half_a_surrogate_pair_is_the_callers_mistake(pair: tuple[Tokenizer, Any]) -> None:
