@@ -20,7 +20,7 @@ SMALLEST_WEIGHT_ELEMENTS = 1_024
 def store_weights_fp16(
     model: onnx.ModelProto, *, smallest_elements: int = SMALLEST_WEIGHT_ELEMENTS, keep: frozenset[str] = frozenset()
 ) -> onnx.ModelProto:
-    """Turns large fp32 initialisers of the main graph into fp16 with a Cast to fp32 behind each. Changes `model` in place.
+    """Turns large fp32 initialisers of the graph into fp16 with a Cast to fp32 behind each. Changes `model` in place.
 
     Args:
         model: weights inside the protobuf, not in external files.
@@ -46,7 +46,7 @@ def store_weights_fp16(
         largest = float(np.abs(values).max())
         if not largest <= LARGEST_FP16:  # also true for NaN
             raise ExportError(
-                f"expected the weight {tensor.name} within fp16's range of {LARGEST_FP16:.0f}, its largest is {largest}; "
+                f"expected {tensor.name} within fp16's range of {LARGEST_FP16:.0f}, its largest weight is {largest}; "
                 "name it in `keep`"
             )
         stored = f"{tensor.name}.fp16"

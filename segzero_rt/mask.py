@@ -92,7 +92,9 @@ def decode_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
     height, width = _checked_size(rle.get("size"))
     runs = _text_to_runs(rle.get("counts"))
     if (runs < 0).any() or (runs > height * width).any() or int(runs.sum()) != height * width:
-        raise ValueError(f"expected run lengths that add up to {height} x {width} pixels, got others; write the mask again")
+        raise ValueError(
+            f"expected run lengths that add up to {height} x {width} pixels, got others; write the mask again"
+        )
     values = np.arange(len(runs)) % 2 == 1
     return np.ascontiguousarray(np.repeat(values, runs).reshape((height, width), order="F"))
 
@@ -116,7 +118,9 @@ def _text_to_runs(text: object) -> NDArray[np.int64]:
         return np.zeros(0, np.int64)
     last = (codes & 0x20) == 0
     if (codes < 0).any() or (codes > 63).any() or not last[-1]:
-        raise ValueError("expected the characters of compressed run lengths, got others or a cut-off text; write the mask again")
+        raise ValueError(
+            "expected the characters of compressed run lengths, got others or a cut-off text; write the mask again"
+        )
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1

@@ -1,8 +1,8 @@
 """Training pictures for the segmenter: things made of random shapes and real texture, laid over real texture.
 
-A picture is `(image, instances, parts)`: uint8 [S, S, 3] RGB, and two uint8 [S, S] maps. `instances` numbers the visible
-pixels of each thing (0 is background); `parts` numbers the pieces that things are made of, so that points can mean a
-part and boxes around parts can be asked for.
+A picture is `(image, instances, parts)`: uint8 [S, S, 3] RGB, and two uint8 [S, S] maps. `instances` numbers the
+visible pixels of each thing (0 is background); `parts` numbers the pieces that things are made of, so that points can
+mean a part and boxes around parts can be asked for.
 
 What makes it carry over to real photographs, in the order that was found to matter: things of several materials,
 things that share their material with what lies behind them, cast shadows that do not belong to the thing, occlusion,
@@ -11,17 +11,21 @@ and the camera's blur, noise and compression.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from .scenes import random_scene
 from .segmenter_shapes import body, cut_lines, simple_shape
 from .segmenter_textures import PhotoBank, paint, shade, smooth_noise
 
 Picture = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+SCENE_SEED = 90_001
+"""Of the scenes' training split; the policy's pictures come from other seeds."""
 
 SMALLEST_VISIBLE_PIXELS = 48
 """Things and parts with fewer visible pixels are not asked for."""
@@ -163,13 +167,28 @@ def shape_pictures(side: int) -> Callable[[int], Picture]:
     return lambda seed: compose_picture(np.random.default_rng(seed), bank, side)
 
 
+def scene_pictures(side: int) -> Callable[[int], Picture]:
+    """Tabletop scenes of the training split, resized as the runtime resizes pictures; things have no parts here."""
+
+    def render(seed: int) -> Picture:
+        scene = random_scene("train", SCENE_SEED, seed)
+        image = np.asarray(Image.fromarray(scene.image_rgb).resize((side, side), Image.Resampling.BILINEAR))
+        instances = np.zeros((side, side), np.uint8)
+        for number, thing in enumerate(scene.objects, 1):
+            share = cv2.resize(thing.mask.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)
+            instances[share > 0.5] = number
+        return image, instances, np.zeros_like(instances)
+
+    return render
+
+
 def write_shard(path: Path, source: Callable[[int], Picture], seeds: range) -> None:
     """Renders one picture per seed into a uint8 array [n, S, S, 5] (RGB, instances, parts), written atomically."""
     packed = [np.dstack(source(seed)) for seed in seeds]
     temporary = path.with_suffix(".partial")
     with temporary.open("wb") as file:
         np.save(file, np.stack(packed))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def fill_cache(folder: Path, source: Callable[[int], Picture], *, shards: int, per_shard: int, seed: int) -> None:

@@ -4,7 +4,11 @@ Departures from SAM 2's training code:
 1. Masks are compared at half of the input side against area-averaged (soft) truth, not at full side against hard truth.
 2. Besides the picture-wide focal term, plain cross-entropy averaged over the neighbourhood of the truth, so that small
    things weigh as much as large ones.
-3. The single-mask token is trained beside the best of the three ambiguous ones in every step.
+3. The single-mask token is trained in every step. A prompt with a box is clear, so all three ambiguous masks are
+   trained to it as well; for bare points only the best of them is, as in SAM. (Policies ask with boxes and take the
+   best scored of the three: three readings of one box would make that a lottery.)
+4. A read-out of the finest features, thrown away after training, is asked where things end and what is a thing at all.
+   That teaches the image encoder from every pixel, long before the prompts reach it.
 """
 
 from __future__ import annotations
@@ -12,12 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name everybody knows
+import torch.nn.functional as F
 from torch import Tensor
 
 from .segmenter_model import Predictions
 
-FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT = 20.0, 1.0, 1.0, 1.0, 0.2
+FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, READOUT_WEIGHT = 20.0, 1.0, 1.0, 1.0, 0.2, 1.0
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 
@@ -66,21 +70,27 @@ def mask_iou(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.where(union > 0, (predicted & wanted).sum((-2, -1)) / union.clamp(min=1), 1.0)
 
 
-def segmenter_loss(predictions: Predictions, truth: Tensor) -> SegmenterLoss:
-    """Predictions for (B, N) prompts against soft truth (B, N, S/2, S/2)."""
+def segmenter_loss(predictions: Predictions, truth: Tensor, *, is_clear: bool) -> SegmenterLoss:
+    """Predictions for (B, N) prompts against soft truth (B, N, S/2, S/2); `is_clear` when the prompts hold a box."""
     logits = predictions.mask_logits.flatten(0, 1)  # (M, 4, h, w)
     truth = truth.flatten(0, 1)  # (M, H, W)
     there = truth.amax((-2, -1)) > 0
     logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
     wanted = truth.unsqueeze(1)
     near = _neighbourhood(truth)
-    with torch.no_grad():
-        ious = mask_iou(logits, wanted.expand_as(logits))
-        ranking = _mask_losses(logits[:, 1:], wanted.expand_as(logits[:, 1:]), near.unsqueeze(1).expand_as(logits[:, 1:]))
-        best = 1 + ranking.argmin(1)
-    rows = torch.arange(len(best))
-    kept = torch.stack([logits[:, 0], logits[rows, best]], 1)
-    masks = _mask_losses(kept, wanted.expand_as(kept), near.unsqueeze(1).expand_as(kept)).sum(1)
+    ious = mask_iou(logits, wanted.expand_as(logits))
+    rows = torch.arange(len(logits))
+    if is_clear:
+        best = 1 + ious[:, 1:].argmax(1)
+        losses = _mask_losses(logits, wanted.expand_as(logits), near.unsqueeze(1).expand_as(logits))
+        masks = losses[:, 0] + losses[:, 1:].mean(1)
+    else:
+        with torch.no_grad():
+            readings = logits[:, 1:]
+            ranking = _mask_losses(readings, wanted.expand_as(readings), near.unsqueeze(1).expand_as(readings))
+            best = 1 + ranking.argmin(1)
+        kept = torch.stack([logits[:, 0], logits[rows, best]], 1)
+        masks = _mask_losses(kept, wanted.expand_as(kept), near.unsqueeze(1).expand_as(kept)).sum(1)
     scores = predictions.iou_scores.flatten(0, 1)
     object_loss = F.binary_cross_entropy_with_logits(predictions.object_logits.flatten(), there.float())
     weight = there.float() / there.float().sum().clamp(min=1)
@@ -93,3 +103,14 @@ def segmenter_loss(predictions: Predictions, truth: Tensor) -> SegmenterLoss:
         chosen_iou=float((ious[rows, chosen] * weight).sum()),
         best_iou=float((ious[rows, best] * weight).sum()),
     )
+
+
+def readout_loss(readout: Tensor, instances: Tensor) -> Tensor:
+    """Logits (B, 2, S/4, S/4) of "a thing ends here" and "this is a thing" against instance numbers (B, S, S)."""
+    stride = instances.shape[-1] // readout.shape[-1]
+    numbers = instances.float().unsqueeze(1)
+    highest = F.max_pool2d(numbers, stride + 1, stride, stride // 2)[..., : readout.shape[-2], : readout.shape[-1]]
+    lowest = -F.max_pool2d(-numbers, stride + 1, stride, stride // 2)[..., : readout.shape[-2], : readout.shape[-1]]
+    thing = F.avg_pool2d((numbers > 0).float(), stride)
+    truth = torch.cat([(highest != lowest).float(), thing], 1)
+    return READOUT_WEIGHT * F.binary_cross_entropy_with_logits(readout, truth)

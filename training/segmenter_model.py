@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Sam2Config,
     Sam2HieraDetConfig,
@@ -67,6 +67,14 @@ class SegmenterSize:
 def build_segmenter(size: SegmenterSize) -> Sam2Model:
     """A freshly initialised segmenter, with the attention that trains fastest on a CPU."""
     model = Sam2Model(size.config())
+    # transformers starts every weight at deviation 0.02, to be overwritten by a checkpoint: at this width prompts
+    # hardly reach the masks. SAM 2 itself starts from PyTorch's own initialisation.
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)):
+            module.reset_parameters()
+    # In SAM 2 prompts and picture share one random table of frequencies; transformers draws two, to be overwritten.
+    table = model.shared_image_embedding.positional_embedding
+    model.prompt_encoder.shared_embedding.positional_embedding.copy_(table)
     # On CPUs the fused attention's backward pass takes several times as long as plain matrix products.
     model.mask_decoder.config._attn_implementation = "eager"
     for block in model.vision_encoder.backbone.blocks:
@@ -75,7 +83,7 @@ def build_segmenter(size: SegmenterSize) -> Sam2Model:
 
 
 def _lean_attention(attention: Sam2MultiScaleAttention, hidden_states: Tensor, **_: object) -> Tensor:
-    """`Sam2MultiScaleAttention.forward` less a product that it computes and drops, and with 16-bit softmax under autocast."""
+    """`Sam2MultiScaleAttention.forward` less a product that it drops, and with a 16-bit softmax under autocast."""
     batch, height, width, _ = hidden_states.shape
     heads = attention.num_attention_heads
     qkv = attention.qkv(hidden_states).view(batch, height * width, 3, heads, -1)
@@ -130,8 +138,9 @@ def decode(model: Sam2Model, features: ImageFeatures, points_xy: Tensor, labels:
     """Prompts as labelled points (B, N, P, 2), box corners being labels 2 and 3 -> all four tokens' masks."""
     decoder = model.mask_decoder
     batch, prompts = points_xy.shape[:2]
-    sparse, dense = model.prompt_encoder(points_xy, labels, None, None)
-    positions = model.get_image_wide_positional_embeddings().repeat(batch * prompts, 1, 1, 1)
+    with torch.autocast("cpu", enabled=False):  # 8 bits of mantissa would blur where a corner is by a pixel
+        sparse, dense = model.prompt_encoder(points_xy, labels, None, None)
+        positions = model.get_image_wide_positional_embeddings().repeat(batch * prompts, 1, 1, 1)
     special = torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([special.expand(batch, prompts, -1, -1), sparse], dim=2)
     image = (features.embeddings + dense[:1]).repeat_interleave(prompts, dim=0)

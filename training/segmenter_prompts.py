@@ -23,11 +23,11 @@ class PromptKind:
 
 
 PROMPT_KINDS = (
-    (0.42, PromptKind(with_box=True, num_points=0)),
-    (0.28, PromptKind(with_box=True, num_points=1)),
-    (0.10, PromptKind(with_box=True, num_points=2)),
-    (0.12, PromptKind(with_box=False, num_points=1)),
-    (0.08, PromptKind(with_box=False, num_points=3)),
+    (0.50, PromptKind(with_box=True, num_points=0)),
+    (0.30, PromptKind(with_box=True, num_points=1)),
+    (0.08, PromptKind(with_box=True, num_points=2)),
+    (0.08, PromptKind(with_box=False, num_points=1)),
+    (0.04, PromptKind(with_box=False, num_points=3)),
 )
 """Share of steps and kind; boxes weigh most, since that is what policies answer with."""
 

@@ -44,13 +44,15 @@ class PhotoBank:
         for name in PHOTO_NAMES:
             photo_bgr = cv2.imread(str(folder / name), cv2.IMREAD_COLOR)
             if photo_bgr is None:
-                raise FileNotFoundError(f"expected scikit-image's sample photo {folder / name}; install scikit-image 0.26")
+                raise FileNotFoundError(
+                    f"expected scikit-image's sample photo {folder / name}; install scikit-image 0.26"
+                )
             photos.append(np.ascontiguousarray(photo_bgr[..., ::-1]))
         weights = np.array([3.0 if name in EVERYDAY_PHOTOS else 1.0 for name in PHOTO_NAMES])
         return cls(photos=tuple(photos), weights=weights / weights.sum())
 
     def crop(self, rng: np.random.Generator, side: int, smallest: float = 0.12) -> np.ndarray:
-        """A random square-ish cut of a random photo, scaled, turned, mirrored and re-coloured: float32 [side, side, 3], 0..255."""
+        """A random cut of a random photo, scaled, turned and re-coloured: float32 [side, side, 3], 0..255."""
         photo = self.photos[rng.choice(len(self.photos), p=self.weights)]
         height, width = photo.shape[:2]
         fraction = np.exp(rng.uniform(np.log(smallest), 0.0))
@@ -152,6 +154,8 @@ def shade(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> np.
         if len(rows):
             pick = rng.integers(len(rows))
             spot = np.zeros((height, width), np.float32)
-            cv2.circle(spot, (int(columns[pick]), int(rows[pick])), int(rng.integers(2, 14)), float(rng.uniform(30, 160)), -1)
+            cv2.circle(
+                spot, (int(columns[pick]), int(rows[pick])), int(rng.integers(2, 14)), float(rng.uniform(30, 160)), -1
+            )
             image = image + cv2.GaussianBlur(spot, (0, 0), float(rng.uniform(1, 6)))[..., None]
     return np.clip(image, 0, 255)

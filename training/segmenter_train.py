@@ -1,15 +1,14 @@
 """Trains the segmenter: `train_segmenter(presets()["tabletop"], folder)`.
 
-Everything that a run needs lies in its folder: rendered pictures (`cache/`), the last checkpoint (`checkpoint.pt`), the log
-(`log.jsonl`, one line per 20 steps) and the averaged weights as a transformers folder (`hf/`). Kill it at any time and
-call it again: it goes on from the last checkpoint, and the generators are seeded by step.
+Everything that a run needs lies in its folder: rendered pictures (`cache/`), the last checkpoint (`checkpoint.pt`), the
+log (`log.jsonl`, one line per 20 steps) and the averaged weights as a transformers folder (`hf/`). Kill it at any time
+and call it again: it goes on from the last checkpoint, and the generators are seeded by step.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,15 +19,15 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 from transformers import Sam2Model
 
-from .segmenter_data import Picture, fill_cache, shape_pictures
-from .segmenter_loss import segmenter_loss
+from .segmenter_data import Picture, fill_cache, scene_pictures, shape_pictures
+from .segmenter_loss import readout_loss, segmenter_loss
 from .segmenter_model import SegmenterSize, build_segmenter, decode, encode, set_side
-from .segmenter_prompts import draw_kind, draw_targets
+from .segmenter_prompts import PromptKind, draw_kind, draw_targets
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -62,24 +61,28 @@ class SegmenterPreset:
     size: SegmenterSize = field(default_factory=SegmenterSize)
     sources: tuple[PictureSource, ...] = ()
     phases: tuple[Phase, ...] = (
-        Phase(until_step=3_000, side=128, pictures_per_step=12),
-        Phase(until_step=6_000, side=192, pictures_per_step=8),
-        Phase(until_step=9_000, side=256, pictures_per_step=8),
+        Phase(until_step=6_000, side=128, pictures_per_step=6),
+        Phase(until_step=8_500, side=192, pictures_per_step=4),
+        Phase(until_step=10_000, side=256, pictures_per_step=4),
     )
-    decay_steps: int = 3_000
+    decay_steps: int = 4_000
     """The learning rate falls to a hundredth, along a cosine, over the last so many steps."""
-    warmup_steps: int = 300
+    warmup_steps: int = 150
+    box_only_steps: int = 1_000
+    """Until here every prompt is a box: what a box means has to be found before anything else is learnt."""
     prompts_per_picture: int = 6
-    learning_rate: float = 8e-4
+    learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     seed: int = 1
     checkpoint_seconds: float = 180.0
     threads: int = 1
 
     def __post_init__(self) -> None:
         if self.phases[-1].side != self.size.side:
-            raise ValueError(f"expected the last phase at the model's side {self.size.side}, got {self.phases[-1].side}")
+            raise ValueError(
+                f"expected the last phase at the model's side {self.size.side}, got {self.phases[-1].side}"
+            )
 
     @property
     def steps(self) -> int:
@@ -93,16 +96,23 @@ class SegmenterPreset:
 
 def presets() -> dict[str, SegmenterPreset]:
     """Name -> preset."""
-    shapes = PictureSource(name="shapes", render=shape_pictures, shards=100)
+    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.7)
+    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.3)
     return {
-        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes,)),
+        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, scenes)),
         "smoke": SegmenterPreset(
             name="smoke",
-            size=SegmenterSize(side=64, stage_dims=(16, 32, 64, 96), stage_blocks=(1, 1, 2, 1), global_blocks=(3,), decoder_dim=32),
+            size=SegmenterSize(
+                side=64, stage_dims=(16, 32, 64, 96), stage_blocks=(1, 1, 2, 1), global_blocks=(3,), decoder_dim=32
+            ),
             sources=(PictureSource(name="shapes", render=shape_pictures, shards=1, per_shard=8),),
-            phases=(Phase(until_step=3, side=32, pictures_per_step=2), Phase(until_step=6, side=64, pictures_per_step=2)),
+            phases=(
+                Phase(until_step=3, side=32, pictures_per_step=2),
+                Phase(until_step=6, side=64, pictures_per_step=2),
+            ),
             decay_steps=2,
             warmup_steps=2,
+            box_only_steps=2,
             prompts_per_picture=2,
         ),
     }
@@ -119,14 +129,17 @@ class PictureCache:
     def _refresh(self) -> None:
         if time.monotonic() - self._read_at > 60:
             self._shards = [
-                [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))] for folder, _ in self._sources
+                [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))]
+                for folder, _ in self._sources
             ]
             self._read_at = time.monotonic()
 
     def draw(self, rng: np.random.Generator, side: int) -> Picture:
         """One picture at `side`, mirrored half of the time, sometimes zoomed into."""
         self._refresh()
-        shares = np.array([share if shards else 0.0 for (_, share), shards in zip(self._sources, self._shards, strict=True)])
+        shares = np.array(
+            [share if shards else 0.0 for (_, share), shards in zip(self._sources, self._shards, strict=True)]
+        )
         shards = self._shards[rng.choice(len(shares), p=shares / shares.sum())]
         shard = shards[rng.integers(len(shards))]
         packed = np.array(shard[rng.integers(len(shard))])
@@ -156,18 +169,38 @@ def normalise(images: np.ndarray) -> Tensor:
     return torch.from_numpy((images.astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def _batch(preset: SegmenterPreset, cache: PictureCache, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels (B, 3, S, S), points (B, N, P, 2), labels (B, N, P), soft truth (B, N, S/2, S/2) of one step."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """One step's pictures and prompts."""
+
+    pixels: Tensor  # (B, 3, S, S)
+    points_xy: Tensor  # (B, N, P, 2)
+    labels: Tensor  # (B, N, P)
+    truth: Tensor  # (B, N, S/2, S/2), soft
+    instances: Tensor  # (B, S, S)
+    kind: PromptKind
+
+
+def _batch(preset: SegmenterPreset, cache: PictureCache, step: int) -> _Batch:
     rng = np.random.default_rng((preset.seed, step))
-    kind = draw_kind(rng)
+    kind = PromptKind(with_box=True, num_points=0) if step < preset.box_only_steps else draw_kind(rng)
     phase = preset.phase(step)
     pictures = [cache.draw(rng, phase.side) for _ in range(phase.pictures_per_step)]
-    targets = [draw_targets(rng, instances, parts, kind, preset.prompts_per_picture) for _, instances, parts in pictures]
+    targets = [
+        draw_targets(rng, instances, parts, kind, preset.prompts_per_picture) for _, instances, parts in pictures
+    ]
     points = np.stack([[target.points_xy for target in row] for row in targets])
     labels = np.stack([[target.labels for target in row] for row in targets])
     masks = torch.from_numpy(np.stack([[target.mask for target in row] for row in targets])).float()
     pixels = normalise(np.stack([image for image, _, _ in pictures]))
-    return pixels, torch.from_numpy(points), torch.from_numpy(labels), avg_pool2d(masks, 2)
+    return _Batch(
+        pixels=pixels,
+        points_xy=torch.from_numpy(points),
+        labels=torch.from_numpy(labels),
+        truth=avg_pool2d(masks, 2),
+        instances=torch.from_numpy(np.stack([instances for _, instances, _ in pictures])),
+        kind=kind,
+    )
 
 
 def _learning_rate(preset: SegmenterPreset, step: int) -> float:
@@ -181,6 +214,7 @@ class _Run:
     """What a checkpoint holds."""
 
     model: Sam2Model
+    readout: nn.Conv2d
     average: dict[str, Tensor]
     optimiser: torch.optim.AdamW
     step: int = 0
@@ -188,17 +222,19 @@ class _Run:
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
+            "readout": self.readout.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
         }
         temporary = path.with_suffix(".partial")
         torch.save(state, temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.readout.load_state_dict(state["readout"])
         self.average = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
@@ -207,12 +243,14 @@ class _Run:
 def _start(preset: SegmenterPreset) -> _Run:
     torch.manual_seed(preset.seed)
     model = build_segmenter(preset.size).train()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    readout = nn.Conv2d(preset.size.decoder_dim // 8, 2, kernel_size=1)
+    parameters = [*model.parameters(), *readout.parameters()]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": preset.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.98), fused=True)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return _Run(model=model, average=average, optimiser=optimiser)
+    return _Run(model=model, readout=readout, average=average, optimiser=optimiser)
 
 
 @torch.no_grad()
@@ -231,7 +269,7 @@ def save_averaged(run: _Run, size: SegmenterSize, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    temporary.replace(folder)
 
 
 def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool = True) -> Path:
@@ -246,7 +284,9 @@ def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool =
     out_dir = Path(out_dir)
     for source in preset.sources:
         folder = out_dir / "cache" / f"{source.name}-{preset.size.side}"
-        fill_cache(folder, source.render(preset.size.side), shards=source.shards, per_shard=source.per_shard, seed=preset.seed)
+        fill_cache(
+            folder, source.render(preset.size.side), shards=source.shards, per_shard=source.per_shard, seed=preset.seed
+        )
     run = _start(preset)
     checkpoint = out_dir / "checkpoint.pt"
     if resume and checkpoint.exists():
@@ -281,17 +321,20 @@ def _loop(preset: SegmenterPreset, run: _Run, out_dir: Path) -> None:
 
 def _step(preset: SegmenterPreset, run: _Run, cache: PictureCache) -> tuple[float, float, float, float]:
     """One update; loss and the three IoUs of `SegmenterLoss`."""
-    pixels, points, labels, truth = _batch(preset, cache, run.step)
-    set_side(run.model, pixels.shape[-1])
+    batch = _batch(preset, cache, run.step)
+    set_side(run.model, batch.pixels.shape[-1])
     for group in run.optimiser.param_groups:
         group["lr"] = _learning_rate(preset, run.step)
     with torch.autocast("cpu", torch.bfloat16):
-        predictions = decode(run.model, encode(run.model, pixels), points, labels)
-    loss = segmenter_loss(predictions, truth)
+        features = encode(run.model, batch.pixels)
+        predictions = decode(run.model, features, batch.points_xy, batch.labels)
+        readout = run.readout(features.fine)
+    loss = segmenter_loss(predictions, batch.truth, is_clear=batch.kind.with_box)
+    total = loss.total + readout_loss(readout.float(), batch.instances)
     run.optimiser.zero_grad(set_to_none=True)
-    loss.total.backward()
+    total.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimiser.step()
     run.step += 1
     _update_average(run, preset.ema_decay)
-    return loss.total.item(), loss.single_iou, loss.chosen_iou, loss.best_iou
+    return total.item(), loss.single_iou, loss.chosen_iou, loss.best_iou

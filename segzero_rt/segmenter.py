@@ -1,0 +1,200 @@
+"""SAM 2 on pictures, without PyTorch: `ImageEncoder` (picture to features), `MaskDecoder` (features, prompts to masks).
+
+Prompts are taken as SAM 2's own predictor takes them: scaled with the picture, boxes as two labelled corners, half a
+pixel added inside the graph. With `multimask` (its default, and the one that both policy families use) the best scored
+of the three ambiguous masks is given; without, the single mask, unless that is unstable (SAM 2's rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segzero_rt.answer import Prompt
+from segzero_rt.bundle import Bundle
+from segzero_rt.graph import Backend, Graph
+from segzero_rt.graph_spec_segmenter import (
+    LABEL_BOTTOM_RIGHT,
+    LABEL_INSIDE,
+    LABEL_NOTHING,
+    LABEL_TOP_LEFT,
+    image_encoder_spec,
+    mask_decoder_spec,
+)
+from segzero_rt.manifest import SegmenterManifest
+from segzero_rt.mask import masks_from_logits
+from segzero_rt.preprocess import check_image
+
+STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
+"""SAM 2's `dynamic_multimask_stability_*`: how little a single mask may change between logits of -delta and +delta."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEmbedding:
+    """One picture's features, to be decoded with any number of prompts."""
+
+    features: Mapping[str, NDArray[np.float32]]
+    """The encoder graph's outputs by name, batch axis of 1 included."""
+    size_hw: tuple[int, int]
+    """Of the source picture, to which prompts and masks refer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MaskPrediction:
+    """Masks for N prompts, in their order."""
+
+    masks: NDArray[np.bool_]
+    """bool [N, H, W] in the source picture's size."""
+    scores: NDArray[np.float32]
+    """float32 [N]: predicted IoU of each mask, mostly in [0, 1]."""
+    logits: NDArray[np.float32]
+    """float32 [N, h, w] at the decoder's own size, before upsampling."""
+    object_logits: NDArray[np.float32]
+    """float32 [N]: above 0 where the decoder sees anything at the prompt at all."""
+
+
+class ImageEncoder:
+    """Pictures to features. Safe to call from another thread than the policy's."""
+
+    def __init__(self, graph: Graph, manifest: SegmenterManifest) -> None:
+        self._graph = graph
+        self.manifest = manifest
+        # value of a pixel -> what the graph takes, per channel: arithmetic on 256 numbers instead of a whole picture
+        levels = np.arange(256, dtype=np.float32)[:, None] * np.float32(1 / 255)
+        mean, std = np.asarray(manifest.image_mean, np.float32), np.asarray(manifest.image_std, np.float32)
+        self._levels = ((levels - mean) / std).astype(np.float32)
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> ImageEncoder:
+        """Loads the bundle's encoder graph.
+
+        Raises:
+            BackendError: the backend is not there.
+            GraphError: the graph differs from its spec.
+        """
+        manifest = bundle.manifest.segmenter
+        spec = image_encoder_spec(input_size_hw=manifest.input_size_hw, mask_size_hw=manifest.mask_size_hw)
+        path = bundle.file(manifest.graphs.encoder)
+        return cls(Graph.load(path, spec, backend=backend, threads=threads), manifest)
+
+    def pixel_values(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [H, W, 3] -> float32 [1, 3, h, w], stretched to the encoder's size and normalised.
+
+        Raises:
+            ImageError: not uint8 [H, W, 3], or empty.
+        """
+        check_image(image_rgb)
+        resized = resize(image_rgb, self.manifest.input_size_hw, self.manifest.resampler)
+        planes = [self._levels[:, channel][resized[..., channel]] for channel in range(3)]
+        return np.stack(planes)[None]
+
+    def __call__(self, image_rgb: NDArray[np.uint8]) -> ImageEmbedding:
+        """Encodes one picture, uint8 [H, W, 3] RGB.
+
+        Raises:
+            ImageError: another layout, or an empty picture.
+        """
+        features = self._graph.run({"pixel_values": self.pixel_values(image_rgb)})
+        return ImageEmbedding(features=features, size_hw=(image_rgb.shape[0], image_rgb.shape[1]))
+
+
+def resize(image_rgb: NDArray[np.uint8], size_hw: tuple[int, int], resampler: str) -> NDArray[np.uint8]:
+    """The picture stretched to `size_hw` with Pillow's antialiased filter; the same array where it has that size."""
+    if image_rgb.shape[:2] == size_hw:
+        return image_rgb
+    from PIL import Image
+
+    filters = {"pillow_bilinear": Image.Resampling.BILINEAR, "pillow_bicubic": Image.Resampling.BICUBIC}
+    return np.asarray(Image.fromarray(image_rgb).resize((size_hw[1], size_hw[0]), filters[resampler]))
+
+
+class MaskDecoder:
+    """Features and prompts to masks."""
+
+    def __init__(self, graph: Graph, manifest: SegmenterManifest) -> None:
+        self._graph = graph
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> MaskDecoder:
+        """Loads the bundle's decoder graph.
+
+        Raises:
+            BackendError: the backend is not there.
+            GraphError: the graph differs from its spec.
+        """
+        manifest = bundle.manifest.segmenter
+        path = bundle.file(manifest.graphs.decoder)
+        spec = mask_decoder_spec(mask_size_hw=manifest.mask_size_hw)
+        return cls(Graph.load(path, spec, backend=backend, threads=threads), manifest)
+
+    def __call__(
+        self, embedding: ImageEmbedding, prompts: Sequence[Prompt], *, multimask: bool = True
+    ) -> MaskPrediction:
+        """Decodes one mask per prompt.
+
+        Args:
+            embedding: of the picture that the prompts refer to.
+            prompts: boxes and points in source pixels; none gives arrays of length 0.
+            multimask: choose among the three masks of an ambiguous prompt; False prefers the single mask.
+        """
+        count = len(prompts)
+        logits = np.zeros((count, *self.manifest.mask_size_hw), np.float32)
+        scores, object_logits = np.zeros(count, np.float32), np.zeros(count, np.float32)
+        for members in _groups(prompts):
+            points_xy, labels = self._points([prompts[index] for index in members], embedding.size_hw)
+            outputs = self._graph.run({**embedding.features, "points_xy": points_xy, "labels": labels})
+            chosen, chosen_scores = choose_masks(
+                outputs["mask_logits"][0], outputs["iou_scores"][0], multimask=multimask
+            )
+            logits[members], scores[members] = chosen, chosen_scores
+            object_logits[members] = outputs["object_logits"][0, :, 0]
+        masks = masks_from_logits(logits, embedding.size_hw)
+        return MaskPrediction(masks=masks, scores=scores, logits=logits, object_logits=object_logits)
+
+    def _points(
+        self, prompts: Sequence[Prompt], size_hw: tuple[int, int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Prompts with equally many points -> float32 [1, N, P, 2] in input pixels and labels int64 [1, N, P]."""
+        num_points = len(prompts[0].points_xy)
+        labels = [LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT, *[LABEL_INSIDE] * num_points, LABEL_NOTHING]
+        corners = [(prompt.box_xyxy[:2], prompt.box_xyxy[2:], *prompt.points_xy, (0.0, 0.0)) for prompt in prompts]
+        height, width = self.manifest.input_size_hw
+        scale_xy = np.array([width / size_hw[1], height / size_hw[0]])
+        points_xy = (np.array(corners, np.float64) * scale_xy).astype(np.float32)
+        return points_xy[None], np.tile(np.array(labels, np.int64), (1, len(prompts), 1))
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Indices of prompts with equally many points, so that no prompt is filled up with points that mean nothing."""
+    groups: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt.points_xy), []).append(index)
+    return list(groups.values())
+
+
+def choose_masks(
+    mask_logits: NDArray[np.float32], iou_scores: NDArray[np.float32], *, multimask: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """One of the four masks of each of N objects, as SAM 2 chooses.
+
+    Args:
+        mask_logits: float32 [N, 4, h, w].
+        iou_scores: float32 [N, 4].
+        multimask: take the best scored of masks 1 to 3. Otherwise mask 0, unless it is unstable: then also that.
+
+    Returns:
+        logits float32 [N, h, w] and scores float32 [N].
+    """
+    rows = np.arange(len(mask_logits))
+    chosen = 1 + iou_scores[:, 1:].argmax(axis=1)
+    if not multimask:
+        single = mask_logits[:, 0]
+        smaller = np.count_nonzero(single > STABILITY_DELTA, axis=(1, 2)).astype(np.float32)
+        larger = np.count_nonzero(single > -STABILITY_DELTA, axis=(1, 2)).astype(np.float32)
+        stability = np.divide(smaller, larger, out=np.ones_like(larger), where=larger > 0)
+        chosen = np.where(stability >= STABILITY_THRESHOLD, 0, chosen)
+    return mask_logits[rows, chosen], iou_scores[rows, chosen]
