@@ -28,6 +28,9 @@ from segzero_rt.preprocess import Preprocessor
 VISION_ROPE_THETA = 10000.0
 """Base of the vision tower's rotary frequencies; the same in every checkpoint of the family."""
 
+SMALL_DECODER_BYTES = 64 << 20
+"""Decoders below this run on one thread unless the caller says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
@@ -140,10 +143,10 @@ class Policy:
                 "a newer segzero-rt may know it"
             )
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
-        loaded = {
-            name: Graph.load(graphs[name], spec, backend=resolved, threads=threads)
-            for name, spec in policy_specs(manifest).items()
-        }
+        loaded = {}
+        for name, spec in policy_specs(manifest).items():
+            chosen = _threads(name, graphs["decoder"]) if threads is None else threads
+            loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen)
         return cls(manifest, Chat(tokenizer), answer_format=FORMATS[answer_format], **loaded)
 
     @property
@@ -328,6 +331,12 @@ class _Clock:
         now = time.perf_counter()
         self.timings_ms[name] = (now - self._last) * 1e3
         self._last = now
+
+
+def _threads(name: str, decoder: Path) -> int | None:
+    """One for a small decoder: its products are so short that waking a second thread costs more than it saves."""
+    small = decoder.is_file() and decoder.stat().st_size < SMALL_DECODER_BYTES
+    return 1 if small and name != "vision" else None
 
 
 def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:

@@ -23,7 +23,7 @@ from export.gate import EXACT, GateLimits, gate_policy
 from export.policy import PolicyExport, export_policy
 from export.policy_checkpoint import PolicyCheckpoint
 from segzero_rt.answer_format import SEG_ZERO
-from segzero_rt.errors import BundleError, ExportError, GraphError, ImageError, QuestionError
+from segzero_rt.errors import BackendError, BundleError, ExportError, GraphError, ImageError, QuestionError
 from segzero_rt.policy import Policy
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -444,6 +444,17 @@ def test_a_bundle_whose_parts_disagree_is_refused(exported: tuple[PolicyExport, 
         with pytest.raises((BundleError, GraphError)) as caught:
             Policy.load(changed, backend="cpu", threads=1)
         assert isinstance(caught.value, (error, GraphError)), change
+
+
+def test_threads_and_missing_files_are_named(exported: tuple[PolicyExport, Path], tmp_path: Path) -> None:
+    export, folder = exported
+    with pytest.raises(BackendError, match="at least 1 thread"):
+        Policy.load(policy_bundle(export, folder), backend="cpu", threads=0)
+    graphs = {name: tmp_path / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
+    with pytest.raises(GraphError, match=r"vision\.onnx"):
+        Policy.from_files(
+            export.manifest, graphs, folder / export.tokenizer, answer_format="vision_reasoner", backend="cpu"
+        )
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(exported: tuple[PolicyExport, Path], tmp_path: Path) -> None:
