@@ -1,8 +1,9 @@
 """A small canvas for drawing one object seen from above: parts with a colour and a height, antialiased.
 
 Coordinates are in object units: x to the right, y down, both in [-1, 1] over the drawing area. A `Canvas` keeps three
-float32 planes of side `SIDE`: colour [S, S, 3] in [0, 1], alpha [S, S] in [0, 1] and height [S, S] in pixels. The height is
-what `scenes.py` turns into shading once the object lies in the scene, so light falls on all objects from one side.
+float32 planes of side `SIDE`: colour [S, S, 3] in [0, 1], alpha [S, S] in [0, 1] and height [S, S] in pixels. The
+height is what `scenes.py` turns into shading once the object lies in the scene, so light falls on all objects from one
+side.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class Canvas:
     def polygon_mask(points: Sequence[Point]) -> Plane:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         cv2.fillPoly(mask, [_fixed(np.asarray(points, np.float64))], 255, cv2.LINE_AA, _SHIFT)
-        return mask.astype(np.float32) / 255
+        return mask.astype(np.float32) / np.float32(255)
 
     @staticmethod
     def ellipse_mask(centre: Point, radii: Point, angle_deg: float = 0.0) -> Plane:
         angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
         turn = np.deg2rad(angle_deg)
         x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
-        ring = np.stack([x * np.cos(turn) - y * np.sin(turn) + centre[0], x * np.sin(turn) + y * np.cos(turn) + centre[1]], 1)
+        ring = np.stack(
+            [x * np.cos(turn) - y * np.sin(turn) + centre[0], x * np.sin(turn) + y * np.cos(turn) + centre[1]], 1
+        )
         return Canvas.polygon_mask([(float(px), float(py)) for px, py in ring])
 
     @staticmethod
@@ -56,7 +59,7 @@ class Canvas:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         thickness = max(1, round(width * _HALF))
         cv2.polylines(mask, [_fixed(np.asarray(points, np.float64))], False, 255, thickness, cv2.LINE_AA, _SHIFT)
-        return mask.astype(np.float32) / 255
+        return mask.astype(np.float32) / np.float32(255)
 
     @staticmethod
     def rectangle_mask(left: float, top: float, right: float, bottom: float, radius: float = 0.0) -> Plane:
@@ -76,7 +79,8 @@ class Canvas:
     def paint(self, mask: Plane, colour: Sequence[float] | Plane, *, bulge: float = 0.0, opacity: float = 1.0) -> None:
         """Lay `colour` (RGB in [0, 1], one or per pixel) over `mask`.
 
-        `bulge` is the roundness of the part: 0 keeps the height below it (paint), 0.1 a bevelled sheet, 1 a full tube or ball.
+        `bulge` is the roundness of the part: 0 keeps the height below it (paint), 0.1 is a bevelled sheet, 1 a full
+        tube or ball.
         """
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if rows.size == 0:
@@ -98,7 +102,8 @@ class Canvas:
         distance = cv2.distanceTransform(solid, cv2.DIST_L2, 3)[1:-1, 1:-1]
         radius = max(float(distance.max()) * bulge, 1.5)
         inside = 1 - np.minimum(distance / radius, 1)
-        return (np.sqrt(np.maximum(1 - inside * inside, 0)) * radius + 2).astype(np.float32)
+        height = np.sqrt(np.maximum(1 - inside * inside, 0)) * radius + 2
+        return np.asarray(height, np.float32)
 
     def cut(self, mask: Plane) -> None:
         """Make a hole."""

@@ -3,82 +3,177 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
-SPLIT_HELP = "train, validation, test, or one that holds out combinations: ood_colour, ood_relation, ood_wording, ood_function"
+from segzero_rt.commands.options import positive_integer
+from segzero_rt.errors import DatasetError, SegZeroError
+
+Preset = TypeVar("Preset")
+
+_SCENES_DESCRIPTION = """Write tabletop pictures with questions and exact masks as a dataset folder for `segzero eval`:
+DIR/images/*.png and DIR/annotations.jsonl, one question per picture.
+
+splits: train, validation, test
+        ood_colour    kinds in colours that are drawn in no other split
+        ood_relation  kinds with a relation that no other split asks of them
+        ood_wording   functions and consequences in words that no other split uses for that kind
+        ood_function  uses that no other split asks of a picture
+
+The same split and seed always give the same pictures, and no seed of one split gives a picture of another. Any ten
+questions in a row hold one whose answer is "there is no such object" (not in the ood splits); the rest go round the
+query kinds."""
+_SCENES_EPILOG = """examples:
+  segzero scenes --split test --count 200 --seed 1 --out scenes
+  segzero scenes --split ood_colour --out scenes_colour && segzero eval scenes_colour"""
+
+_TRAIN_DESCRIPTION = """Train from scratch. Every run is seeded, logged, and goes on where it was stopped when it is
+called again with the same --out."""
+_TRAIN_EPILOG = """examples:
+  segzero train pretrain --preset tabletop
+  segzero train segmenter --preset tabletop
+
+`segzero train STAGE --help` tells what a stage writes."""
+
+_STAGES = {
+    "pretrain": (
+        "the base policy",
+        """Train the base policy on tabletop scenes: grounding, short questions, world knowledge, the answer format.
+
+writes: DIR/scenes/         the rendered training pictures, made first (0.25 MB each)
+        DIR/tokenizer.json  learnt from the questions
+        DIR/checkpoint.pt   every few minutes; the run goes on from it
+        DIR/metrics.jsonl   one line every 10 steps
+        DIR/hf/             the policy as transformers and `segzero export` read it
+
+presets: tabletop  the shipped policy (hours on two CPU cores)
+         debug     seconds: every code path, nothing learnt""",
+        """examples:
+  segzero train pretrain --out runs/pretrain
+  segzero train pretrain --preset debug --scenes 12 --out /tmp/debug""",
+    ),
+    "segmenter": (
+        "the SAM 2 architecture segmenter",
+        """Train the segmenter on pictures composed of random shapes and real texture, with boxes and points as prompts.
+
+writes: DIR/cache/         the rendered training pictures, made first
+        DIR/checkpoint.pt  every few minutes; the run goes on from it
+        DIR/log.jsonl      one line every 20 steps
+        DIR/hf/            the averaged weights as transformers and `segzero export` read them
+
+presets: tabletop  the shipped segmenter (hours on two CPU cores)
+         smoke     seconds: every code path, nothing learnt""",
+        """examples:
+  segzero train segmenter --out runs/segmenter
+  segzero train segmenter --preset smoke --out /tmp/smoke""",
+    ),
+}
+"""Stage → (what it trains, description, examples)."""
 
 
 def _configure_scenes(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Write tabletop pictures with questions and exact masks as a dataset folder for `segzero eval`."
-    parser.epilog = "example: segzero scenes --split test --count 200 --seed 1 --out scenes"
-    parser.add_argument("--split", default="test", help=SPLIT_HELP)
-    parser.add_argument("--count", type=int, default=100, metavar="N", help="how many questions, one picture each (default 100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="K", help="any number from 0; never reproduces a training picture")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="dataset folder; must not hold anything yet")
+    parser.description, parser.epilog = _SCENES_DESCRIPTION, _SCENES_EPILOG
+    parser.add_argument("--split", default="test", metavar="S", help="see above (default: test)")
+    parser.add_argument(
+        "--count", type=positive_integer, default=100, metavar="N", help="questions, one picture each (default: 100)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="K", help="any number from 0 (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="dataset folder; must be empty or not exist"
+    )
+
+
+def _seed(text: str) -> int:
+    """An argparse type."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text[:40]!r}")
+    return int(text)
 
 
 def _execute_scenes(arguments: argparse.Namespace) -> int:
-    from segzero_rt.errors import DatasetError
-
     from .question_scenes import write_samples
     from .scenes import SPLITS
 
-    if arguments.split not in SPLITS or arguments.count < 1 or arguments.seed < 0:
-        raise DatasetError(
-            f"expected --split among {', '.join(SPLITS)}, --count of at least 1 and --seed of at least 0, "
-            f"got {arguments.split!r}, {arguments.count} and {arguments.seed}"
-        )
+    if arguments.split not in SPLITS:
+        raise DatasetError(f"expected --split to be one of {', '.join(SPLITS)}, got {arguments.split!r}")
     write_samples(arguments.out, arguments.split, arguments.seed, arguments.count)
     print(f"{arguments.count} questions of split {arguments.split} in {arguments.out}")
     return 0
 
 
 def _configure_train(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Train from scratch; every run is seeded, logged and goes on where it was stopped."
+    parser.description, parser.epilog = _TRAIN_DESCRIPTION, _TRAIN_EPILOG
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, what in (("pretrain", "the base policy"), ("segmenter", "the SAM 2 architecture segmenter")):
-        stage = stages.add_parser(name, help=what, description=f"Train {what}.")
-        stage.add_argument("--preset", default="tabletop", help="a complete configuration: tabletop (default) or debug")
-        stage.add_argument("--out", type=Path, default=Path("runs") / name, metavar="DIR", help="checkpoints, logs and hf/")
+    for name, (what, description, epilog) in _STAGES.items():
+        stage = stages.add_parser(
+            name,
+            help=what,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        stage.add_argument("--preset", default="tabletop", metavar="P", help="see above (default: tabletop)")
+        stage.add_argument(
+            "--out", type=Path, default=Path("runs") / name, metavar="DIR", help=f"the run (default: runs/{name})"
+        )
         if name == "pretrain":
-            stage.add_argument("--scenes", type=int, default=20_000, metavar="N", help="training pictures to render once")
+            stage.add_argument(
+                "--scenes",
+                type=positive_integer,
+                default=20_000,
+                metavar="N",
+                help="training pictures, at least 6 (default: 20000); a later run may ask for more",
+            )
 
 
 def _execute_train(arguments: argparse.Namespace) -> int:
-    from segzero_rt.errors import SegZeroError
-
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise SegZeroError(f"expected --out to be a folder, {arguments.out} is a file; choose another")
     if arguments.stage == "segmenter":
-        from .segmenter_train import PRESETS as SEGMENTER_PRESETS
-        from .segmenter_train import train_segmenter
+        _train_segmenter(arguments)
+    else:
+        _train_policy(arguments)
+    print(f"trained: {arguments.out / 'hf'}")
+    return 0
 
-        preset = _preset(SEGMENTER_PRESETS, arguments.preset)
-        train_segmenter(preset(), arguments.out, resume=True)
-        return 0
+
+def _train_segmenter(arguments: argparse.Namespace) -> None:
+    from .segmenter_train import presets, train_segmenter
+
+    train_segmenter(_preset(presets(), arguments.preset), arguments.out)
+
+
+def _train_policy(arguments: argparse.Namespace) -> None:
     from .policy_model import INPUT_SIDE
     from .pretrain import PRESETS, Pretraining
     from .scene_cache import SceneCache, build_cache
 
-    preset = _preset(PRESETS, arguments.preset)
-    if arguments.scenes < 6:
-        raise SegZeroError(f"expected at least 6 training pictures, got --scenes {arguments.scenes}")
+    make_preset = _preset(PRESETS, arguments.preset)
+    if arguments.scenes < 6:  # one in six is sparse, and early training draws those alone
+        raise SegZeroError(f"expected --scenes of at least 6, got {arguments.scenes}")
     folder = arguments.out / "scenes"
     build_cache(folder, split="train", seed=0, count=arguments.scenes, input_side=INPUT_SIDE)
-    Pretraining(preset(), arguments.out, SceneCache(folder)).run()
-    return 0
+    Pretraining(make_preset(), arguments.out, SceneCache(folder)).run()
 
 
-def _preset(presets, name: str):  # type: ignore[no-untyped-def]
-    from segzero_rt.errors import SegZeroError
-
+def _preset(presets: Mapping[str, Preset], name: str) -> Preset:
     if name not in presets:
-        raise SegZeroError(f"expected a preset among {', '.join(presets)}, got {name!r}")
+        raise SegZeroError(f"expected --preset to be one of {', '.join(presets)}, got {name!r}")
     return presets[name]
 
 
 SCENES = SimpleNamespace(
-    NAME="scenes", HELP="write tabletop scenes as a dataset that `eval` reads", configure=_configure_scenes, execute=_execute_scenes
+    NAME="scenes",
+    HELP="write tabletop scenes as a dataset that `eval` reads",
+    configure=_configure_scenes,
+    execute=_execute_scenes,
 )
 TRAIN = SimpleNamespace(
-    NAME="train", HELP="train the policy or the segmenter (needs segzero-rt[train])", configure=_configure_train, execute=_execute_train
+    NAME="train",
+    HELP="train the policy or the segmenter (needs segzero-rt[train])",
+    configure=_configure_train,
+    execute=_execute_train,
 )

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from segzero_rt.answer_format import SEG_ZERO, SYSTEM_PROMPT, VISION_REASONER, AnswerFormat, AnswerObject
 
+from .draws import pick
 from .object_kinds import COLOURS, KINDS
+from .phrases import article_name, where
 from .policy_model import GRID, INPUT_SIDE, Layout
-from .questions import ATTRIBUTE, NAME, NONE, RELATION, SEVERAL, Asker, Question, article_name, where
+from .questions import ATTRIBUTE, NAME, NONE, RELATION, SEVERAL, Asker, Question
 from .scene_cache import OWNER_GRID, CachedObject, SceneCache
-from .tokenizer import OBJECT_STARTS
+from .tokenizer import OBJECT_STARTS, control_id
 from .visual_questions import ask_about_picture, ask_about_world
 
 IGNORED = -100
@@ -35,8 +37,8 @@ SHORT_SHARES = (0.26, 0.26, 0.32, 0.16)
 SINGLE_FORMAT_SHARE = 0.15
 """Share of questions asked in Seg-Zero's single-object format."""
 SWAPPED_THINKING_SHARE = 0.12
-"""Share of questions whose thinking names another object, with that object's answer and no loss on the thinking: it teaches
-that the answer follows the thinking, whatever was asked."""
+"""Share of questions whose thinking names another object, with that object's answer and no loss on the thinking: it
+teaches that the answer follows the thinking, whatever was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,14 @@ class GroundingData:
 
     def __init__(self, cache: SceneCache, tokenizer: Tokenizer, split: str = "train") -> None:
         self.cache, self.tokenizer, self.split = cache, tokenizer, split
-        self.end = tokenizer.token_to_id("<|im_end|>")
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
-        self.object_starts = {tokenizer.token_to_id(phrase) for phrase in OBJECT_STARTS}
-        self.think_close = tokenizer.token_to_id("</think>")
+        self.end = control_id(tokenizer, "<|im_end|>")
+        self.pad = control_id(tokenizer, "<|endoftext|>")
+        self.object_starts = {control_id(tokenizer, phrase) for phrase in OBJECT_STARTS}
+        self.think_close = control_id(tokenizer, "</think>")
         head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
         self.text_prefix = tokenizer.encode(head, add_special_tokens=False).ids
-        pads = [tokenizer.token_to_id("<|image_pad|>")] * CELLS
-        vision = [tokenizer.token_to_id("<|vision_start|>"), *pads, tokenizer.token_to_id("<|vision_end|>")]
+        pads = [control_id(tokenizer, "<|image_pad|>")] * CELLS
+        vision = [control_id(tokenizer, "<|vision_start|>"), *pads, control_id(tokenizer, "<|vision_end|>")]
         self.prefix = self.text_prefix + vision
         self.turn = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
 
@@ -104,7 +106,7 @@ class GroundingData:
     def batch(self, rng: np.random.Generator, scenes: NDArray[np.int64], layout: Layout) -> Batch:
         """One packed row per scene index; every other draw mirrors the picture."""
         rows = _Rows()
-        pixels, ids, labels, kinds, colours, boxes = [], [], [], [], [], []
+        pixels, ids, labels, cells = [], [], [], []
         for number, scene in enumerate(scenes):
             mirrored = bool(rng.random() < 0.5)
             picture, owners, things = self._scene(int(scene), mirrored)
@@ -113,8 +115,8 @@ class GroundingData:
             pixels.append(picture)
             ids.append(row_ids)
             labels.append(row_labels)
-            for target, values in zip((kinds, colours, boxes), _cell_labels(cover, things), strict=True):
-                target.append(values)
+            cells.append(_cell_labels(cover, things))
+        kinds, colours, boxes = zip(*cells, strict=True)
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels)), token_ids=torch.tensor(ids), labels=torch.tensor(labels),
             cell_kinds=torch.from_numpy(np.stack(kinds)), cell_colours=torch.from_numpy(np.stack(colours)),
@@ -162,9 +164,17 @@ class GroundingData:
         return ids + [self.pad] * fill, labels + [IGNORED] * fill
 
     def _point(
-        self, segment: _Segment, offset: int, number: int, things: list[CachedObject], cover: NDArray[np.float32], rows: _Rows
+        self,
+        segment: _Segment,
+        offset: int,
+        number: int,
+        things: list[CachedObject],
+        cover: NDArray[np.float32],
+        rows: _Rows,
     ) -> None:
-        starts = [at for at, token in enumerate(segment.token_ids) if at >= segment.num_prompt and token in self.object_starts]
+        starts = [
+            at for at, token in enumerate(segment.token_ids) if at >= segment.num_prompt and token in self.object_starts
+        ]
         asked = [(segment.num_prompt - 1, segment.targets)] if segment.silent == (0, 0) else []
         for at, targets in [*asked, *((at, (target,)) for at, target in zip(starts, segment.targets, strict=True))]:
             rows.pointer_at.append((number, offset + at))
@@ -184,12 +194,12 @@ class GroundingData:
             segment = self._grounding(rng, question, things)
             if len(segment.token_ids) <= length:
                 return segment
-        return self._grounding(rng, asker._none(None), things)
+        return self._grounding(rng, asker.ask_for_nothing(), things)
 
     def _question(self, rng: np.random.Generator, asker: Asker, length: int) -> Question | None:
         if length == EVERYTHING:
             order = sorted(range(len(asker.things)), key=lambda i: asker.things[i].centre_xy[0])
-            text = ("all objects", "everything on the table", "every object")[int(rng.integers(3))]
+            text = pick(rng, ("all objects", "everything on the table", "every object"))
             return Question(text=text, kind=SEVERAL, targets=tuple(order), thinking=f"There are {len(order)} objects.")
         if length == LONG:
             return asker.ask(SEVERAL)
@@ -223,8 +233,10 @@ def answer_object(thing: CachedObject, family: AnswerFormat) -> AnswerObject:
 
 def _mirror(thing: CachedObject) -> CachedObject:
     left, top, right, bottom = thing.box_xyxy
-    points = tuple((INPUT_SIDE - x, y) for x, y in thing.points_xy)
-    return dataclasses.replace(thing, box_xyxy=(INPUT_SIDE - right, top, INPUT_SIDE - left, bottom), points_xy=points)  # type: ignore[arg-type]
+    (x0, y0), (x1, y1) = thing.points_xy
+    points = ((INPUT_SIDE - x0, y0), (INPUT_SIDE - x1, y1))
+    box = (INPUT_SIDE - right, top, INPUT_SIDE - left, bottom)
+    return dataclasses.replace(thing, box_xyxy=box, points_xy=points)
 
 
 def _coverage(owners: NDArray[np.uint8], count: int) -> NDArray[np.float32]:
@@ -248,7 +260,7 @@ def _cell_labels(
 
 
 def _pointer_target(cover: NDArray[np.float32], targets: tuple[int, ...]) -> NDArray[np.float32]:
-    """Uniform over the targets, within a target by coverage; `nothing` where there is no target or none is big enough."""
+    """Uniform over the targets, within a target by coverage; `nothing` where no target is (or is big enough)."""
     distribution = np.zeros(CELLS + 1, np.float32)
     for target in targets:
         total = cover[target].sum()
@@ -258,4 +270,4 @@ def _pointer_target(cover: NDArray[np.float32], targets: tuple[int, ...]) -> NDA
     if total == 0:
         distribution[-1] = 1
         return distribution
-    return distribution / total
+    return np.asarray(distribution / total, np.float32)

@@ -1,7 +1,8 @@
 """The kinds of everyday objects that lie on the table: names, colours, materials, and how each is drawn.
 
-A drawing routine takes a `Canvas`, a random generator and the `Look` (colour and material) and draws the object upright;
-`scenes.py` turns, scales and lights it. Shapes vary within a kind (proportions, details), never beyond recognition.
+A drawing routine takes a `Canvas`, a random generator and the `Look` (colour and material) and draws the object
+upright; `scenes.py` turns, scales and lights it. Shapes vary within a kind (proportions, details), never beyond
+recognition.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def _grain(rng: np.random.Generator, rgb: Rgb, side: int = 144) -> Plane:
     streaks = np.cumsum(rng.normal(0, 1, side))
     streaks = (streaks - streaks.mean()) / (streaks.std() + 1e-6) * 0.06
     wave = np.sin(np.arange(side)[:, None] / 9 + rng.uniform(0, 6) + streaks[None, :] * 20) * 0.03
-    return np.clip(np.asarray(rgb, np.float32) * (1 + streaks[None, :, None] + wave[..., None]), 0, 1).astype(np.float32)
+    tone = 1 + streaks[None, :, None] + wave[..., None]
+    return np.asarray(np.clip(np.asarray(rgb, np.float32) * tone, 0, 1), np.float32)
 
 
 def _surface(rng: np.random.Generator, look: Look) -> Rgb | Plane:
@@ -90,7 +92,9 @@ def _mug(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     middle = (top + bottom) / 2
     ring = c.ellipse_mask((right, middle), (0.36, rng.uniform(0.36, 0.44)))
     hole = c.ellipse_mask((right, middle), (0.21, 0.24))
-    body = c.polygon_mask([(left, top), (right, top), (right - (1 - taper) * width, bottom), (left + (1 - taper) * width, bottom)])
+    body = c.polygon_mask(
+        [(left, top), (right, top), (right - (1 - taper) * width, bottom), (left + (1 - taper) * width, bottom)]
+    )
     c.paint(ring, _shade(look.rgb, 0.9), bulge=0.4)
     c.cut(hole)
     centre = (left + right) / 2
@@ -116,22 +120,33 @@ def _plate(c: Canvas, rng: np.random.Generator, look: Look) -> None:
 def _bottle(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     width, shoulder, neck = rng.uniform(0.27, 0.34), rng.uniform(-0.38, -0.2), rng.uniform(0.09, 0.13)
     body = c.rectangle_mask(-width, shoulder, width, 0.97, 0.07)
-    slope = c.polygon_mask([(-width, shoulder + 0.08), (-neck, shoulder - 0.25), (neck, shoulder - 0.25), (width, shoulder + 0.08)])
+    slope = c.polygon_mask(
+        [(-width, shoulder + 0.08), (-neck, shoulder - 0.25), (neck, shoulder - 0.25), (width, shoulder + 0.08)]
+    )
     throat = c.rectangle_mask(-neck, -0.86, neck, shoulder)
     shape = np.maximum(np.maximum(body, slope), throat)
     c.paint(shape, look.rgb, bulge=1.0)
     gleam = c.rectangle_mask(-width * 0.62, shoulder + 0.1, -width * 0.36, 0.85, 0.05)
     c.paint(gleam, _shade(look.rgb, 1.7), opacity=0.7 if look.material == "glass" else 0.3)
     if rng.random() < 0.75:
-        c.paint(c.rectangle_mask(-width, 0.1, width, rng.uniform(0.45, 0.62)), (0.92, 0.9, 0.84) if look.colour != "white" else (0.3, 0.4, 0.7))
+        c.paint(
+            c.rectangle_mask(-width, 0.1, width, rng.uniform(0.45, 0.62)),
+            (0.92, 0.9, 0.84) if look.colour != "white" else (0.3, 0.4, 0.7),
+        )
     c.paint(c.rectangle_mask(-neck * 1.3, -0.97, neck * 1.3, -0.78, 0.03), _shade(look.rgb, 0.4), bulge=0.6)
 
 
 def _fork(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     colour = _surface(rng, look)
     width = rng.uniform(0.2, 0.24)
-    c.paint(c.polygon_mask([(-0.05, -0.3), (0.05, -0.3), (0.1, 0.85), (0.06, 0.97), (-0.06, 0.97), (-0.1, 0.85)]), colour, bulge=0.9)
-    head = c.polygon_mask([(-width, -0.52), (width, -0.52), (width * 0.8, -0.3), (0.05, -0.14), (-0.05, -0.14), (-width * 0.8, -0.3)])
+    c.paint(
+        c.polygon_mask([(-0.05, -0.3), (0.05, -0.3), (0.1, 0.85), (0.06, 0.97), (-0.06, 0.97), (-0.1, 0.85)]),
+        colour,
+        bulge=0.9,
+    )
+    head = c.polygon_mask(
+        [(-width, -0.52), (width, -0.52), (width * 0.8, -0.3), (0.05, -0.14), (-0.05, -0.14), (-width * 0.8, -0.3)]
+    )
     c.paint(head, colour, bulge=0.5)
     for tine in np.linspace(-width * 0.85, width * 0.85, 4):
         c.paint(c.stroke_mask([(float(tine), -0.93), (float(tine), -0.5)], 0.075), colour, bulge=0.9)
@@ -139,7 +154,11 @@ def _fork(c: Canvas, rng: np.random.Generator, look: Look) -> None:
 
 def _spoon(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     colour = _surface(rng, look)
-    c.paint(c.polygon_mask([(-0.045, -0.4), (0.045, -0.4), (0.1, 0.85), (0.06, 0.97), (-0.06, 0.97), (-0.1, 0.85)]), colour, bulge=0.9)
+    c.paint(
+        c.polygon_mask([(-0.045, -0.4), (0.045, -0.4), (0.1, 0.85), (0.06, 0.97), (-0.06, 0.97), (-0.1, 0.85)]),
+        colour,
+        bulge=0.9,
+    )
     rx, ry = rng.uniform(0.24, 0.29), rng.uniform(0.34, 0.4)
     c.paint(c.ellipse_mask((0, -0.58), (rx, ry)), colour, bulge=0.35)
     c.paint(c.ellipse_mask((0, -0.58), (rx * 0.72, ry * 0.76)), _shade(look.rgb, 0.7))
@@ -151,7 +170,11 @@ def _scissors(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     steel = _shade(COLOURS["silver"], rng.uniform(0.85, 1.1))
     for side in (-1.0, 1.0):
         tip = (-side * spread, -0.96)
-        c.paint(c.polygon_mask([tip, (-side * 0.02 + 0.07, 0.0), (side * 0.12, 0.22), (-side * 0.02 - 0.07, 0.05)]), steel, bulge=0.4)
+        c.paint(
+            c.polygon_mask([tip, (-side * 0.02 + 0.07, 0.0), (side * 0.12, 0.22), (-side * 0.02 - 0.07, 0.05)]),
+            steel,
+            bulge=0.4,
+        )
     for side in (-1.0, 1.0):
         centre = (side * (0.26 + spread * 0.4), 0.6)
         c.paint(c.stroke_mask([(side * 0.04, 0.1), (side * 0.16, 0.32)], 0.12), look.rgb, bulge=0.9)
@@ -184,7 +207,9 @@ def _banana(c: Canvas, rng: np.random.Generator, look: Look) -> None:
 
 def _apple(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     wide = rng.uniform(0.74, 0.82)
-    lobes = np.maximum(c.ellipse_mask((-0.2, 0.08), (wide * 0.76, 0.74)), c.ellipse_mask((0.2, 0.08), (wide * 0.76, 0.74)))
+    lobes = np.maximum(
+        c.ellipse_mask((-0.2, 0.08), (wide * 0.76, 0.74)), c.ellipse_mask((0.2, 0.08), (wide * 0.76, 0.74))
+    )
     c.paint(lobes, look.rgb, bulge=1.0)
     if look.colour != "green":
         c.paint(c.ellipse_mask((0.25, 0.3), (0.3, 0.36)), (0.9, 0.75, 0.25), opacity=0.3)
@@ -197,12 +222,33 @@ def _apple(c: Canvas, rng: np.random.Generator, look: Look) -> None:
 def _carrot(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     wide = rng.uniform(0.24, 0.3)
     for lean in rng.uniform(-0.3, 0.3, 4):
-        c.paint(c.stroke_mask([(0, -0.45), (float(lean) * 0.6, -0.7), (float(lean), -0.93)], 0.1), (0.2, 0.52, 0.16), bulge=0.9)
-    c.paint(c.polygon_mask([(-wide * 0.8, -0.52), (wide * 0.8, -0.52), (wide, -0.38), (0.06, 0.9), (0, 0.97), (-0.06, 0.9), (-wide, -0.38)]), look.rgb, bulge=1.0)
+        c.paint(
+            c.stroke_mask([(0, -0.45), (float(lean) * 0.6, -0.7), (float(lean), -0.93)], 0.1),
+            (0.2, 0.52, 0.16),
+            bulge=0.9,
+        )
+    c.paint(
+        c.polygon_mask(
+            [
+                (-wide * 0.8, -0.52),
+                (wide * 0.8, -0.52),
+                (wide, -0.38),
+                (0.06, 0.9),
+                (0, 0.97),
+                (-0.06, 0.9),
+                (-wide, -0.38),
+            ]
+        ),
+        look.rgb,
+        bulge=1.0,
+    )
     for y in rng.uniform(-0.3, 0.5, 5):
         reach = wide * (0.65 - float(y)) * 0.6
         side = rng.choice([-1.0, 1.0])
-        c.paint(c.stroke_mask([(side * reach, float(y)), (side * reach * 0.3, float(y) + 0.03)], 0.035), _shade(look.rgb, 0.65))
+        c.paint(
+            c.stroke_mask([(side * reach, float(y)), (side * reach * 0.3, float(y) + 0.03)], 0.035),
+            _shade(look.rgb, 0.65),
+        )
 
 
 def _book(c: Canvas, rng: np.random.Generator, look: Look) -> None:
@@ -243,12 +289,17 @@ def _phone(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     top = np.asarray(rng.uniform(0.05, 0.45, 3), np.float32)
     bottom = np.asarray(rng.uniform(0.25, 0.7, 3), np.float32)
     ramp = np.linspace(0, 1, 144, dtype=np.float32)[:, None, None]
-    c.paint(c.rectangle_mask(-wide + 0.07, -0.86, wide - 0.07, 0.86, 0.07), top * (1 - ramp) + bottom * ramp + np.zeros((144, 144, 3), np.float32))
+    c.paint(
+        c.rectangle_mask(-wide + 0.07, -0.86, wide - 0.07, 0.86, 0.07),
+        top * (1 - ramp) + bottom * ramp + np.zeros((144, 144, 3), np.float32),
+    )
     if rng.random() < 0.75:
         for row in range(3):
             for column in (-0.24, 0.0, 0.24):
                 icon = tuple(float(v) for v in rng.uniform(0.3, 1.0, 3))
-                c.paint(c.rectangle_mask(column - 0.07, -0.55 + row * 0.3, column + 0.07, -0.41 + row * 0.3, 0.03), icon)
+                c.paint(
+                    c.rectangle_mask(column - 0.07, -0.55 + row * 0.3, column + 0.07, -0.41 + row * 0.3, 0.03), icon
+                )
     c.paint(c.rectangle_mask(-0.1, -0.9, 0.1, -0.87), (0.05, 0.05, 0.05))
 
 
@@ -272,7 +323,9 @@ def _glasses(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     tall, round_ = rng.uniform(0.28, 0.36), rng.random() < 0.5
     for side in (-1.0, 1.0):
         x = side * 0.5
-        c.paint(c.stroke_mask([(side * 0.88, -0.1), (side * 0.97, -0.3), (side * 0.8, -0.62)], 0.09), look.rgb, bulge=0.8)
+        c.paint(
+            c.stroke_mask([(side * 0.88, -0.1), (side * 0.97, -0.3), (side * 0.8, -0.62)], 0.09), look.rgb, bulge=0.8
+        )
         if round_:
             outer, inner = c.ellipse_mask((x, 0), (0.42, tall)), c.ellipse_mask((x, 0), (0.33, tall - 0.09))
         else:
@@ -280,7 +333,14 @@ def _glasses(c: Canvas, rng: np.random.Generator, look: Look) -> None:
             inner = c.rectangle_mask(x - 0.33, -tall + 0.09, x + 0.33, tall - 0.09, 0.08)
         c.paint(outer, look.rgb, bulge=0.25)
         c.paint(inner, (0.62, 0.74, 0.82))
-        c.paint(c.polygon_mask([(x - 0.2, tall * 0.4), (x - 0.02, -tall * 0.5), (x + 0.08, -tall * 0.5), (x - 0.1, tall * 0.4)]) * inner, (0.9, 0.95, 0.98), opacity=0.7)
+        c.paint(
+            c.polygon_mask(
+                [(x - 0.2, tall * 0.4), (x - 0.02, -tall * 0.5), (x + 0.08, -tall * 0.5), (x - 0.1, tall * 0.4)]
+            )
+            * inner,
+            (0.9, 0.95, 0.98),
+            opacity=0.7,
+        )
     c.paint(c.stroke_mask([(-0.12, -0.08), (0, -0.15), (0.12, -0.08)], 0.1), look.rgb, bulge=0.8)
 
 
@@ -290,7 +350,13 @@ def _ball(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     mark = _shade(look.rgb, 1.8) if look.colour not in ("white", "yellow") else _shade(look.rgb, 0.3)
     style = rng.integers(3)
     if style == 0:
-        c.paint(c.stroke_mask([(-0.9, rng.uniform(-0.3, 0.3)), (0, rng.uniform(-0.2, 0.2)), (0.9, rng.uniform(-0.3, 0.3))], 0.24) * disc, mark)
+        c.paint(
+            c.stroke_mask(
+                [(-0.9, rng.uniform(-0.3, 0.3)), (0, rng.uniform(-0.2, 0.2)), (0.9, rng.uniform(-0.3, 0.3))], 0.24
+            )
+            * disc,
+            mark,
+        )
     elif style == 1:
         for angle in np.linspace(0, 2 * np.pi, 6)[:-1]:
             c.paint(c.ellipse_mask((0.55 * np.cos(angle), 0.55 * np.sin(angle)), (0.16, 0.16)) * disc, mark)
@@ -311,12 +377,19 @@ def _hammer(c: Canvas, rng: np.random.Generator, look: Look) -> None:
 
 def _candle(c: Canvas, rng: np.random.Generator, look: Look) -> None:
     wide, top = rng.uniform(0.24, 0.32), rng.uniform(-0.3, -0.15)
-    c.paint(c.ellipse_mask((0, 0.84), (0.5, 0.14)), COLOURS["gold"] if rng.random() < 0.5 else COLOURS["silver"], bulge=0.4)
+    c.paint(
+        c.ellipse_mask((0, 0.84), (0.5, 0.14)), COLOURS["gold"] if rng.random() < 0.5 else COLOURS["silver"], bulge=0.4
+    )
     c.paint(c.rectangle_mask(-wide, top, wide, 0.85, 0.05), look.rgb, bulge=0.9)
     c.paint(c.ellipse_mask((0, top), (wide, 0.09)), _shade(look.rgb, 1.3))
     c.paint(c.stroke_mask([(0, top), (0, top - 0.14)], 0.05), (0.1, 0.08, 0.08))
     flame = top - 0.34
-    c.paint(c.polygon_mask([(0, flame - 0.3), (0.13, flame + 0.02), (0.08, flame + 0.18), (-0.08, flame + 0.18), (-0.13, flame + 0.02)]), (1.0, 0.62, 0.12))
+    c.paint(
+        c.polygon_mask(
+            [(0, flame - 0.3), (0.13, flame + 0.02), (0.08, flame + 0.18), (-0.08, flame + 0.18), (-0.13, flame + 0.02)]
+        ),
+        (1.0, 0.62, 0.12),
+    )
     c.paint(c.ellipse_mask((0, flame + 0.07), (0.06, 0.11)), (1.0, 0.95, 0.6))
 
 
@@ -328,7 +401,8 @@ KINDS: dict[str, ObjectKind] = {
     kind.name: kind
     for kind in (
         ObjectKind(name="mug", plural="mugs", synonyms=("cup",), draw=_mug, size=(0.12, 0.19), tall=True,
-                   looks=_paired("red green blue yellow white black purple orange pink", "ceramic") + _paired("silver", "metal")),
+                   looks=(*_paired("red green blue yellow white black purple orange pink", "ceramic"),
+                          ("silver", "metal"))),
         ObjectKind(name="plate", plural="plates", synonyms=("dish",), draw=_plate, size=(0.15, 0.24),
                    looks=_paired("white blue green pink red yellow", "ceramic") + _paired("brown", "wood")),
         ObjectKind(name="bottle", plural="bottles", synonyms=(), draw=_bottle, size=(0.16, 0.25), tall=True,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +32,43 @@ GRID = INPUT_SIDE // (PATCH * MERGE)
 def tabletop_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLConfig:
     """Sizes of the shipped policy, about 8 M parameters.
 
-    `rope_theta` is 20 instead of 1e6 and the windows are 140 px instead of 112: Qwen2.5-VL has no absolute position, and
-    M-RoPE gives the picture's width its lowest frequencies, which at 1e6 a small model never learns to read.
+    `rope_theta` is 20 instead of 1e6 and the windows are 140 px instead of 112: Qwen2.5-VL has no absolute position,
+    and M-RoPE gives the picture's width its lowest frequencies, which at 1e6 a small model never learns to read.
     """
     return Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=vocab_size, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, tie_word_embeddings=True,
-            rope_parameters=dict(rope_type="default", rope_theta=20.0, mrope_section=[8, 12, 12]),
-            bos_token_id=None, eos_token_id=token_ids["<|im_end|>"], pad_token_id=token_ids["<|endoftext|>"],
-        ),
-        vision_config=dict(
-            depth=6, hidden_size=192, intermediate_size=512, num_heads=6, patch_size=PATCH, spatial_merge_size=MERGE,
-            temporal_patch_size=2, window_size=140, out_hidden_size=256, fullatt_block_indexes=[2, 5],
-        ),
-        image_token_id=token_ids["<|image_pad|>"], video_token_id=token_ids["<|endoftext|>"],
-        vision_start_token_id=token_ids["<|vision_start|>"], vision_end_token_id=token_ids["<|vision_end|>"],
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": 256,
+            "intermediate_size": 640,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [8, 12, 12]},
+            "bos_token_id": None,
+            "eos_token_id": token_ids["<|im_end|>"],
+            "pad_token_id": token_ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 6,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_heads": 6,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "window_size": 140,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [2, 5],
+        },
+        image_token_id=token_ids["<|image_pad|>"],
+        video_token_id=token_ids["<|endoftext|>"],
+        vision_start_token_id=token_ids["<|vision_start|>"],
+        vision_end_token_id=token_ids["<|vision_end|>"],
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +137,19 @@ class PackedPolicy(nn.Module):
         self._vision_rotary = self._make_vision_rotary()
 
     @property
-    def text(self) -> nn.Module:
+    def text(self) -> Any:
+        """transformers' text model; `Any` since a module's children have no types of their own."""
         return self.model.model.language_model
 
     @property
-    def vision(self) -> nn.Module:
+    def vision(self) -> Any:
+        """transformers' vision tower."""
         return self.model.model.visual
 
     # -- vision ----------------------------------------------------------------------------------------------------
 
     def _windows_per_side(self) -> int:
-        per_window = self.vision.config.window_size // (PATCH * MERGE)
+        per_window: int = self.vision.config.window_size // (PATCH * MERGE)
         if GRID % per_window:
             raise ValueError(f"expected windows that tile {GRID} cells, got {per_window} cells per window")
         return GRID // per_window
@@ -168,9 +190,10 @@ class PackedPolicy(nn.Module):
             x = x + block.mlp(rms_norm(x, block.norm2))
         merger = self.vision.merger
         merged = merger.mlp(rms_norm(x, merger.ln_q).view(batch, GRID * GRID, -1))
-        return merged[:, torch.argsort(self._window_order())]
+        raster: Tensor = merged[:, torch.argsort(self._window_order())]
+        return raster
 
-    def _vision_attention(self, attention: nn.Module, x: Tensor, windows: int) -> Tensor:
+    def _vision_attention(self, attention: Any, x: Tensor, windows: int) -> Tensor:
         batch, tokens, width = x.shape
         heads = attention.num_heads
         q, k, v = attention.qkv(x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, N, D]
@@ -181,7 +204,8 @@ class PackedPolicy(nn.Module):
         )
         out = attend(q, k, v)
         out = out.view(batch, windows, heads, tokens // windows, -1).permute(0, 1, 3, 2, 4)
-        return attention.proj(out.reshape(batch, tokens, width))
+        projected: Tensor = attention.proj(out.reshape(batch, tokens, width))
+        return projected
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +214,9 @@ class PackedPolicy(nn.Module):
         cos, sin = table(torch.zeros(1, dtype=torch.float32), layout.position_ids[:, None])
         return cos[:, None].to(dtype), sin[:, None].to(dtype)  # [1, 1, S, D]
 
-    def read(self, token_ids: Tensor, visual: Tensor | None, layout: Layout, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def read(
+        self, token_ids: Tensor, visual: Tensor | None, layout: Layout, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """token_ids [B, S] → last hidden states [B, S, C] (normed) and the states after the layers in `taps`."""
         x = self.text.embed_tokens(token_ids)
         if visual is not None:
@@ -208,7 +234,7 @@ class PackedPolicy(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.text.embed_tokens.weight)
 
-    def _text_attention(self, attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def _text_attention(self, attention: Any, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         batch, tokens, _ = x.shape
         q = attention.q_proj(x).view(batch, tokens, attention.num_heads, -1).transpose(1, 2)
         k = attention.k_proj(x).view(batch, tokens, attention.num_key_value_heads, -1).transpose(1, 2)
@@ -217,16 +243,24 @@ class PackedPolicy(nn.Module):
         k, v = (t.repeat_interleave(attention.num_key_value_groups, 1) for t in (k, v))
         # One split per tensor: its backward is one concatenation, that of many slices as many full-size additions.
         lengths = [layout.prefix_length, *(count * length for count, length in layout.groups)]
-        (q0, *qs), (k0, *ks), (v0, *vs) = q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)
+        (q0, *qs), (k0, *ks), (v0, *vs) = (torch.split(tensor, lengths, 2) for tensor in (q, k, v))
         parts = [attend(q0, k0, v0, layout.prefix_mask.to(q.dtype))] if layout.prefix_length else []
         for number, (count, _) in enumerate(layout.groups):
-            parts.append(_grouped_attention(qs[number], (k0, ks[number]), (v0, vs[number]), count, layout.masks[number]))
+            parts.append(
+                _grouped_attention(qs[number], (k0, ks[number]), (v0, vs[number]), count, layout.masks[number])
+            )
         out = torch.cat(parts, 2)  # [B, H, S, D]
-        return attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+        projected: Tensor = attention.o_proj(out.transpose(1, 2).reshape(batch, tokens, -1))
+        return projected
 
 
-def _grouped_attention(q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], count: int, mask: Tensor) -> Tensor:
-    """`count` questions as a batch of their own, each beside the shared prefix. q [B, H, count * L, D]; k, v: (prefix, own)."""
+def _grouped_attention(
+    q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], count: int, mask: Tensor
+) -> Tensor:
+    """`count` questions as a batch of their own, each beside the shared prefix.
+
+    q [B, H, count * L, D]; k, v: (prefix, own).
+    """
     batch, heads, total, dim = q.shape
 
     def own(t: Tensor) -> Tensor:  # [B * count, H, L, D]
@@ -243,12 +277,12 @@ def _grouped_attention(q: Tensor, k: tuple[Tensor, Tensor], v: tuple[Tensor, Ten
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention in plain operators: on CPUs in bfloat16 its backward pass is 2-4 times faster than the fused one's."""
+    """Softmax attention in plain operators: on CPUs in bfloat16 its backward pass is 2-4 times as fast as the fused."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
     return torch.matmul(torch.softmax(scores if mask is None else scores + mask, -1, dtype=scores.dtype), v)
 
 
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
     """transformers' RMSNorm module, computed by the fused operator."""
     return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
 

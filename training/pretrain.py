@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .grounding_data import EVERYTHING, IGNORED, LONG, PLAIN, SHORT, GroundingDa
 from .policy_model import PackedPolicy, tabletop_config
 from .readouts import TAPS, Readouts
 from .scene_cache import SceneCache
-from .tokenizer import CONTROL_TOKENS, train_tokenizer
+from .tokenizer import CONTROL_TOKENS, control_id, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,13 @@ class Pretraining:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = self._tokenizer()
         torch.manual_seed(preset.seed)
-        ids = {token: self.tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+        ids = {token: control_id(self.tokenizer, token) for token in CONTROL_TOKENS}
         config = tabletop_config(self.tokenizer.get_vocab_size(), ids)
-        self.policy = PackedPolicy(Qwen2_5_VLForConditionalGeneration(config).float())
+        self.policy = PackedPolicy(Qwen2_5_VLForConditionalGeneration(config))
         if preset.compiled:
             self.policy.look = torch.compile(self.policy.look, dynamic=False)  # type: ignore[method-assign]
             self.policy.read = torch.compile(self.policy.read, dynamic=False)  # type: ignore[method-assign]
-        self.readouts = Readouts(config.text_config.hidden_size)
+        self.readouts = Readouts(self.policy.text.config.hidden_size)
         self.data = GroundingData(cache, self.tokenizer)
         self.usual = self.data.layout((6, SHORT), (1, LONG), (3, PLAIN))
         self.dense = self.data.layout((4, SHORT), (1, EVERYTHING), (2, PLAIN))
@@ -114,7 +114,9 @@ class Pretraining:
         preset = self.preset
         saved_at = time.monotonic()
         with (self.folder / "metrics.jsonl").open("a") as log:
-            progress = tqdm(range(self.step, preset.num_steps), initial=self.step, total=preset.num_steps, mininterval=5)
+            progress = tqdm(
+                range(self.step, preset.num_steps), initial=self.step, total=preset.num_steps, mininterval=5
+            )
             for _ in progress:
                 metrics = self._train_step()
                 self.step += 1
@@ -145,13 +147,17 @@ class Pretraining:
         if self.step % 25 == 0:
             self.cache.refresh()
         with torch.autocast("cpu", torch.bfloat16):
-            losses, metrics = self._vision_losses(rng) if self.step < self.preset.num_vision_steps else self._losses(rng)
+            losses, metrics = (
+                self._vision_losses(rng) if self.step < self.preset.num_vision_steps else self._losses(rng)
+            )
         loss = torch.stack(list(losses.values())).sum()
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"loss is {value} at step {self.step}: {({k: v.item() for k, v in losses.items()})}")
+            raise FloatingPointError(
+                f"loss is {value} at step {self.step}: { ({k: v.item() for k, v in losses.items()}) }"
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_([*self.policy.parameters(), *self.readouts.parameters()], 1.0)
         self.optimizer.step()
         return {"loss": value, "rate": rate, "norm": norm.item(), **metrics, **{k: v.item() for k, v in losses.items()}}
@@ -202,7 +208,7 @@ class Pretraining:
         }  # fmt: skip
         temporary = self.folder / "checkpoint.pt.part"
         torch.save(state, temporary)
-        os.replace(temporary, self.folder / "checkpoint.pt")
+        temporary.replace(self.folder / "checkpoint.pt")
         save_policy(self.policy.model, self.tokenizer, self.folder / "hf")
 
     def _resume(self) -> None:
@@ -217,8 +223,13 @@ class Pretraining:
 
 
 def save_policy(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a folder that transformers and `segzero export` read."""
-    model.save_pretrained(folder)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """Write a folder that transformers and `segzero export` read; whole, or the earlier one stays."""
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer_class: Any = PreTrainedTokenizerFast  # without types in transformers 5
+    fast = tokenizer_class(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.save_pretrained(temporary)
+    tokenizer.save(str(temporary / "tokenizer.json"))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)

@@ -1,7 +1,7 @@
 """Scenes made around a question: the samples of every split, `segzero scenes`, and the reasoning data of GRPO.
 
-Samples follow a fixed schedule, so that any prefix of a split is balanced: one in ten asks for something that is not there,
-the rest go round the split's query kinds, and each query kind goes round the kinds of objects.
+Samples follow a fixed schedule, so that any prefix of a split is balanced: one in ten asks for something that is not
+there, the rest go round the split's query kinds, and each query kind goes round the kinds of objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 from segzero_rt.commands.progress import Progress
 from segzero_rt.dataset import DatasetWriter, LabeledObject
 
+from .draws import pick, shuffled
 from .object_kinds import KINDS
+from .phrases import article_name, where
 from .questions import (
     ATTRIBUTE,
     COMPOSITIONAL,
@@ -31,8 +33,6 @@ from .questions import (
     SIDES,
     Asker,
     Question,
-    article_name,
-    where,
 )
 from .scenes import DEFAULT_SIZE_HW, HELD_OUT_LOOKS, Scene, allowed_looks, plan_scene, random_state, render
 
@@ -76,7 +76,9 @@ def make_sample(split: str, seed: int, index: int, size_hw: tuple[int, int] = DE
         question = Asker(rng, scene.objects, size_hw, split).ask(query_kind, target_kind)
         if question is not None and _fits_split(split, scene, question):
             return QuestionScene(scene=scene, question=question, distractor=_has_distractor(scene, question))
-    raise RuntimeError(f"no {query_kind} question about a {target_kind} fits {split}/{seed}/{index} in {MAX_ATTEMPTS} attempts")
+    raise RuntimeError(
+        f"no {query_kind} question about a {target_kind} fits {split}/{seed}/{index} in {MAX_ATTEMPTS} attempts"
+    )
 
 
 def schedule(split: str, index: int) -> tuple[str, str]:
@@ -97,7 +99,7 @@ def schedule(split: str, index: int) -> tuple[str, str]:
 
 
 def _company(rng: np.random.Generator, split: str, query_kind: str, target_kind: str) -> list[_Look]:
-    """Who lies on the table: the target, often something like it, and strangers; in random order, so that any may lie on top."""
+    """Who lies on the table: the target, often something like it, and strangers, any of which may lie on top."""
     count = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
     target = (target_kind, *_target_look(rng, split, target_kind))
     company: list[_Look] = [] if query_kind == NONE else [target]
@@ -106,26 +108,32 @@ def _company(rng: np.random.Generator, split: str, query_kind: str, target_kind:
         for _ in range(int(rng.integers(1, 3))):
             company.append((target_kind, *_other_look(rng, split, target_kind, target[1], query_kind == SEVERAL)))
     elif rng.random() < 0.75:
-        like = [(kind, *look) for kind in KINDS if kind != target_kind for look in allowed_looks(kind, split) if look[0] == target[1]]
-        company.append(like[int(rng.integers(len(like)))])
+        like = [
+            (kind, *look)
+            for kind in KINDS
+            if kind != target_kind
+            for look in allowed_looks(kind, split)
+            if look[0] == target[1]
+        ]
+        company.append(pick(rng, like))
     names = [kind for kind in KINDS if kind != target_kind]
     while len(company) < count:
-        kind = names[int(rng.integers(len(names)))]
+        kind = pick(rng, names)
         looks = allowed_looks(kind, split)
-        company.append((kind, *looks[int(rng.integers(len(looks)))]))
-    return [company[i] for i in rng.permutation(len(company))]
+        company.append((kind, *pick(rng, looks)))
+    return shuffled(rng, company)
 
 
 def _target_look(rng: np.random.Generator, split: str, kind: str) -> tuple[str, str]:
     looks = allowed_looks(kind, split)
     if split == "ood_colour":
         looks = [look for look in looks if (kind, look[0]) in HELD_OUT_LOOKS]
-    return looks[int(rng.integers(len(looks)))]
+    return pick(rng, looks)
 
 
 def _other_look(rng: np.random.Generator, split: str, kind: str, colour: str, same_allowed: bool) -> tuple[str, str]:
     looks = [look for look in allowed_looks(kind, split) if same_allowed or look[0] != colour]
-    return looks[int(rng.integers(len(looks)))]
+    return pick(rng, looks)
 
 
 def _fits_split(split: str, scene: Scene, question: Question) -> bool:

@@ -1,19 +1,20 @@
 """Questions about a scene, with the objects they mean and a short templated thinking.
 
-`ask` makes one question of a given query kind, or says that the scene has none. Geometry is read from the objects alone, so
-it works alike on a rendered `Scene` (source pixels) and on the training cache (input pixels).
+`ask` makes one question of a given query kind, or says that the scene has none. Geometry is read from the objects
+alone, so it works alike on a rendered `Scene` (source pixels) and on the training cache (input pixels).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from .draws import pick, shuffled
 from .knowledge import FUNCTION_WORDINGS, KNOWLEDGE, taught_uses
-from .object_kinds import KINDS, PAIR_NOUNS
+from .object_kinds import KINDS
+from .phrases import Thing, article_name, be, count_word, helpful, made_to, material_word, where, with_the
 
 NAME, ATTRIBUTE, RELATION, SEVERAL, NONE = "name", "attribute", "relation", "several", "none"
 FUNCTION, CONSEQUENCE, COMPOSITIONAL = "function", "consequence", "compositional"
@@ -30,21 +31,12 @@ HELD_OUT_RELATION = {kind: RELATIONS[(3 * number) % len(RELATIONS)] for number, 
 """kind → the relation that only the split `ood_relation` asks of it."""
 
 MAX_SEVERAL = 4
-
-
-class Thing(Protocol):
-    """What a question needs to know of an object."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def colour(self) -> str: ...
-    @property
-    def material(self) -> str: ...
-    @property
-    def centre_xy(self) -> tuple[float, float]: ...
-    @property
-    def area_px(self) -> float: ...
+CLEAR_SHARE = 0.05
+"""Of the picture's width or height: centres closer than this are not called left of, above, leftmost …"""
+CLEAR_GAP_RATIO = 1.25
+"""The second nearest object is at least so many times as far as the nearest."""
+CLEAR_AREA_RATIO = 1.3
+"""The largest object covers at least so many times the pixels of the second largest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +55,7 @@ class Asker:
 
     Args:
         rng: drawn from at every question.
-        things: the scene's objects.
+        things: the scene's objects, at least one.
         size_hw: of the coordinate system the objects are given in.
         split: decides which combinations may be asked (see `knowledge.py`, `HELD_OUT_RELATION`).
     """
@@ -72,96 +64,116 @@ class Asker:
         self.rng, self.things, self.size_hw, self.split = rng, things, size_hw, split
 
     def ask(self, query_kind: str, target_kind: str | None = None) -> Question | None:
-        """One question of `query_kind`, about an object of `target_kind` if that is given; None if the scene has none."""
+        """One question of `query_kind`, about an object of `target_kind` if that is given; None if there is none."""
         makers = {
             NAME: self._name, ATTRIBUTE: self._attribute, RELATION: self._relation, SEVERAL: self._several,
             FUNCTION: self._function, CONSEQUENCE: self._consequence, COMPOSITIONAL: self._compositional,
         }  # fmt: skip
         if query_kind == NONE:
-            return self._none(target_kind)
-        wanted = [target_kind] if target_kind else self._shuffled(sorted({thing.kind for thing in self.things}))
-        for kind in wanted:
+            return self.ask_for_nothing(target_kind)
+        present = sorted({thing.kind for thing in self.things})
+        for kind in [target_kind] if target_kind else shuffled(self.rng, present):
             question = makers[query_kind](kind)
             if question is not None:
                 return question
         return None
 
-    # -- the taught kinds ------------------------------------------------------------------------------------------
+    def ask_for_nothing(self, target_kind: str | None = None) -> Question:
+        """A question of kind `none`, which every scene has: a kind, a look, an anchor that is not there.
+
+        Args:
+            target_kind: the kind that is missed, if it is absent and the draw asks for a missing kind.
+        """
+        present = {thing.kind for thing in self.things}
+        absent = [kind for kind in KINDS if kind not in present]
+        kind = target_kind if target_kind is not None and target_kind in absent else pick(self.rng, absent)
+        style = self.rng.random()
+        question = self._missing_look() if style < 0.4 else None
+        if question is not None:
+            return question
+        if style < 0.55:
+            thing, side = pick(self.rng, self.things), pick(self.rng, tuple(SIDES))
+            return _nothing(f"the {thing.kind} {side} the {kind}", kind, "anchor")
+        if style < 0.65:
+            return _nothing(f"all {KINDS[kind].plural}", kind, "plural")
+        noun = pick(self.rng, (kind, kind, *KINDS[kind].synonyms))
+        return _nothing(pick(self.rng, ("the {}", "{}", "where is the {}")).format(noun), kind, "kind")
+
+    # -- the taught kinds ----------------------------------------------------------------------------------------------
 
     def _name(self, kind: str) -> Question | None:
         found = self._of_kind(kind)
         if len(found) != 1:
             return None
-        noun = self._one_of((kind, kind, *KINDS[kind].synonyms))
-        return self._found(self._one_of(("the {}", "the {}", "{}", "where is the {}")).format(noun), NAME, found[0])
+        noun = pick(self.rng, (kind, kind, *KINDS[kind].synonyms))
+        text = pick(self.rng, ("the {}", "the {}", "{}", "where is the {}")).format(noun)
+        return self._found(text, NAME, found[0])
 
     def _attribute(self, kind: str) -> Question | None:
         """By colour or material, where the kind alone would not do, or `the red thing` where only one is red."""
         found = self._of_kind(kind)
-        target = self._one_of(found)
-        if target is None:
+        if not found:
             return None
+        target = pick(self.rng, found)
         thing = self.things[target]
         phrases = []
-        same_look = [other for other in found if self.things[other].colour == thing.colour]
-        if len(same_look) == 1:
+        if sum(self.things[other].colour == thing.colour for other in found) == 1:
             phrases += [f"the {thing.colour} {kind}"] * 3
         if sum(other.colour == thing.colour for other in self.things) == 1:
-            phrases.append(f"the {thing.colour} {self._one_of(('thing', 'object'))}")
-        same_material = [other for other in found if self.things[other].material == thing.material]
-        if len(same_material) == 1 and len({material for _, material in KINDS[kind].looks}) > 1:
-            phrases.append(f"the {_material_word(thing.material)} {kind}")
-        text = self._one_of(phrases)
-        return None if text is None else self._found(text, ATTRIBUTE, target)
+            phrases.append(f"the {thing.colour} {pick(self.rng, ('thing', 'object'))}")
+        alone = sum(self.things[other].material == thing.material for other in found) == 1
+        if alone and len({material for _, material in KINDS[kind].looks}) > 1:
+            phrases.append(f"the {material_word(thing.material)} {kind}")
+        return self._found(pick(self.rng, phrases), ATTRIBUTE, target) if phrases else None
 
     def _relation(self, kind: str) -> Question | None:
-        for relation in self._shuffled(RELATIONS):
+        return self._by_relation(RELATIONS, kind, noun=kind, query_kind=RELATION)
+
+    def _by_relation(self, relations: Sequence[str], kind: str, noun: str, query_kind: str) -> Question | None:
+        """`noun` stands for the object in the question: its kind, or a function for compositional questions."""
+        for relation in shuffled(self.rng, relations):
             if (HELD_OUT_RELATION[kind] == relation) != (self.split == "ood_relation"):
                 continue
-            question = self._related(relation, kind, noun=kind)
+            if relation in SIDES:
+                question = self._beside(relation, kind, noun, query_kind)
+            elif relation == "nearest":
+                question = self._nearest(kind)
+            else:
+                question = self._extreme(relation, kind, noun, query_kind)
             if question is not None:
                 return question
         return None
 
-    def _related(self, relation: str, kind: str, noun: str, query_kind: str = RELATION) -> Question | None:
-        """`noun` stands for the object in the question: its kind, or a function for compositional questions."""
-        if relation in SIDES:
-            return self._beside(relation, kind, noun, query_kind)
-        if relation == "nearest":
-            return self._nearest(kind, query_kind) if query_kind == RELATION else None
-        return self._extreme(relation, kind, noun, query_kind)
-
     def _beside(self, relation: str, kind: str, noun: str, query_kind: str) -> Question | None:
         dx, dy = SIDES[relation]
-        margin = 0.05 * (self.size_hw[1] if dx else self.size_hw[0])
-        for anchor in self._shuffled(range(len(self.things))):
-            if self.things[anchor].kind == kind or len(self._of_kind(self.things[anchor].kind)) != 1:
-                continue
+        margin = CLEAR_SHARE * (self.size_hw[1] if dx else self.size_hw[0])
+        for anchor in self._anchors(kind):
             ax, ay = self.things[anchor].centre_xy
-            offsets = {i: (self.things[i].centre_xy[0] - ax) * dx + (self.things[i].centre_xy[1] - ay) * dy for i in self._of_kind(kind)}
+            centres = {i: self.things[i].centre_xy for i in self._of_kind(kind)}
+            offsets = {i: (x - ax) * dx + (y - ay) * dy for i, (x, y) in centres.items()}
             beyond = [i for i, offset in offsets.items() if offset > margin]
             if len(beyond) != 1 or any(abs(offset) <= margin for offset in offsets.values()):
                 continue
-            other = self.things[anchor].kind
-            lead = f"The {other} is {self._where(anchor)}. {relation.capitalize()} it"
-            return self._found(f"{_the(noun)} {relation} the {other}", query_kind, beyond[0], lead=lead, detail=relation)
+            lead = f"{self._anchored(anchor)} {relation.capitalize()} it"
+            text = f"{with_the(noun)} {relation} the {self.things[anchor].kind}"
+            return self._found(text, query_kind, beyond[0], lead=lead, detail=relation)
         return None
 
-    def _nearest(self, kind: str, query_kind: str) -> Question | None:
-        for anchor in self._shuffled(range(len(self.things))):
-            if self.things[anchor].kind == kind or len(self._of_kind(self.things[anchor].kind)) != 1:
-                continue
+    def _nearest(self, kind: str) -> Question | None:
+        for anchor in self._anchors(kind):
             ax, ay = self.things[anchor].centre_xy
             gaps = sorted(
                 (float(np.hypot(thing.centre_xy[0] - ax, thing.centre_xy[1] - ay)), i)
-                for i, thing in enumerate(self.things) if i != anchor
-            )  # fmt: skip
-            if self.things[gaps[0][1]].kind != kind or (len(gaps) > 1 and gaps[1][0] < 1.25 * gaps[0][0]):
+                for i, thing in enumerate(self.things)
+                if i != anchor
+            )
+            clear = len(gaps) == 1 or gaps[1][0] >= CLEAR_GAP_RATIO * gaps[0][0]
+            if not clear or self.things[gaps[0][1]].kind != kind:
                 continue
-            other = self.things[anchor].kind
-            text = self._one_of(("the object nearest to the {}", "the thing closest to the {}", "what is next to the {}"))
-            lead = f"The {other} is {self._where(anchor)}. Nearest to it"
-            return self._found(str(text).format(other), query_kind, gaps[0][1], lead=lead, detail="nearest")
+            wordings = ("the object nearest to the {}", "the thing closest to the {}", "what is next to the {}")
+            text = pick(self.rng, wordings).format(self.things[anchor].kind)
+            lead = f"{self._anchored(anchor)} Nearest to it"
+            return self._found(text, RELATION, gaps[0][1], lead=lead, detail="nearest")
         return None
 
     def _extreme(self, relation: str, kind: str, noun: str, query_kind: str) -> Question | None:
@@ -171,92 +183,90 @@ class Asker:
             among = list(range(len(self.things)))
         if len(among) < 2:
             return None
+        target = self._clear_extreme(relation, among)
+        if target is None or self.things[target].kind != kind:
+            return None
+        word = pick(self.rng, {"largest": ("largest", "biggest")}.get(relation, (relation,)))
+        asked = "object" if everything else noun.removeprefix("the ")
+        lead = f"The {relation} {'object' if everything else kind}"
+        return self._found(f"the {word} {asked}", query_kind, target, lead=lead, detail=relation)
+
+    def _clear_extreme(self, relation: str, among: Sequence[int]) -> int | None:
+        """The object of `among` that is clearly ahead of the next, if one is."""
         sign = -1 if relation in ("largest", "rightmost") else 1
         sized = relation in ("largest", "smallest")
-        values = sorted((sign * (self.things[i].area_px if sized else self.things[i].centre_xy[0]), i) for i in among)
-        first, second = values[0], values[1]
-        clear = max(abs(first[0]), abs(second[0])) >= 1.3 * min(abs(first[0]), abs(second[0])) if sized else second[0] - first[0] >= 0.05 * self.size_hw[1]
-        if not clear or self.things[first[1]].kind != kind:
-            return None
-        word = {"largest": ("largest", "biggest")}.get(relation, (relation,))
-        asked = "object" if everything else noun
-        text = f"the {self._one_of(word)} {asked.removeprefix('the ')}"
-        lead = f"The {relation} {'object' if everything else kind}"
-        return self._found(text, query_kind, first[1], lead=lead, detail=relation)
+        things = self.things
+        values = sorted((sign * (things[i].area_px if sized else things[i].centre_xy[0]), i) for i in among)
+        first, second = values[0][0], values[1][0]
+        if sized:
+            smaller, larger = sorted((abs(first), abs(second)))
+            clear = larger >= CLEAR_AREA_RATIO * smaller
+        else:
+            clear = second - first >= CLEAR_SHARE * self.size_hw[1]
+        return values[0][1] if clear else None
 
     def _several(self, kind: str) -> Question | None:
-        found = self._of_kind(kind)
-        options: list[tuple[str, list[int], str]] = []
-        if 2 <= len(found) <= MAX_SEVERAL:
-            plural = KINDS[kind].plural
-            text = self._one_of((f"all {plural}", f"the {plural}", f"every {kind}", f"the {_count_word(len(found))} {plural}"))
-            options += [(str(text), found, plural)] * 2
-        colour = self.things[found[0]].colour if found else ""
-        coloured = [i for i, thing in enumerate(self.things) if thing.colour == colour]
-        if 2 <= len(coloured) <= MAX_SEVERAL:
-            text = self._one_of((f"all {colour} things", f"every {colour} object", f"the {colour} objects"))
-            options.append((str(text), coloured, f"{colour} things"))
-        singles = [i for i, thing in enumerate(self.things) if len(self._of_kind(thing.kind)) == 1 and thing.kind != kind]
-        if len(found) == 1 and singles:
-            partner = self._one_of(singles)
-            options.append((f"the {kind} and the {self.things[partner].kind}", [found[0], partner], ""))
-        choice = self._one_of(options)
-        if choice is None:
+        options = self._several_options(kind, self._of_kind(kind))
+        if not options:
             return None
-        text, members, group = choice
+        text, members, group = pick(self.rng, options)
         ordered = tuple(sorted(members, key=lambda i: self.things[i].centre_xy[0]))
         listed = ", ".join(f"{article_name(self.things[i])} {self._where(i)}" for i in ordered)
         count = f"There are {len(ordered)} {group}: " if group else "There are "
-        return Question(text=text, kind=SEVERAL, targets=ordered, thinking=f"{count}{listed}.", detail=str(len(ordered)))
+        thinking = f"{count}{listed}."
+        return Question(text=text, kind=SEVERAL, targets=ordered, thinking=thinking, detail=str(len(ordered)))
 
-    def _none(self, target_kind: str | None) -> Question:
-        present = {thing.kind for thing in self.things}
-        absent = [kind for kind in KINDS if kind not in present]
-        kind = target_kind if target_kind in absent else self._one_of(absent)
-        style = self.rng.random()
-        if style < 0.4:
-            thing = self._one_of(list(self.things))
-            taken = {other.colour for other in self.things if other.kind == thing.kind}
-            colours = sorted({colour for colour, _ in KINDS[thing.kind].looks} - taken)
-            if colours:
-                colour = self._one_of(colours)
-                return self._nothing(f"the {colour} {thing.kind}", f"{colour} {thing.kind}", "colour")
-        if style < 0.55:
-            thing = self._one_of(list(self.things))
-            side = self._one_of(tuple(SIDES))
-            return self._nothing(f"the {thing.kind} {side} the {kind}", str(kind), "anchor")
-        if style < 0.65:
-            return self._nothing(f"all {KINDS[str(kind)].plural}", str(kind), "plural")
-        noun = self._one_of((kind, kind, *KINDS[str(kind)].synonyms))
-        return self._nothing(str(self._one_of(("the {}", "{}", "where is the {}"))).format(noun), str(kind), "kind")
+    def _several_options(self, kind: str, found: list[int]) -> list[tuple[str, list[int], str]]:
+        """(text, objects, what they have in common), the likelier ones twice."""
+        options: list[tuple[str, list[int], str]] = []
+        if 2 <= len(found) <= MAX_SEVERAL:
+            plural = KINDS[kind].plural
+            wordings = (f"all {plural}", f"the {plural}", f"every {kind}", f"the {count_word(len(found))} {plural}")
+            options += [(pick(self.rng, wordings), found, plural)] * 2
+        colour = self.things[found[0]].colour if found else ""
+        coloured = [i for i, thing in enumerate(self.things) if thing.colour == colour]
+        if 2 <= len(coloured) <= MAX_SEVERAL:
+            text = pick(self.rng, (f"all {colour} things", f"every {colour} object", f"the {colour} objects"))
+            options.append((text, coloured, f"{colour} things"))
+        singles = self._anchors(kind, in_order=True)
+        if len(found) == 1 and singles:
+            partner = pick(self.rng, singles)
+            options.append((f"the {kind} and the {self.things[partner].kind}", [found[0], partner], ""))
+        return options
 
-    # -- the kinds left to reinforcement ---------------------------------------------------------------------------
+    def _missing_look(self) -> Question | None:
+        """A kind that lies there in a colour in which it does not; None where it has all colours it comes in."""
+        kind = pick(self.rng, self.things).kind
+        taken = {other.colour for other in self.things if other.kind == kind}
+        colours = sorted({colour for colour, _ in KINDS[kind].looks} - taken)
+        if not colours:
+            return None
+        look = f"{pick(self.rng, colours)} {kind}"
+        return _nothing(f"the {look}", look, "colour")
+
+    # -- the kinds left to reinforcement -------------------------------------------------------------------------------
 
     def _function(self, kind: str) -> Question | None:
         found = self._of_kind(kind)
         if len(found) != 1:
             return None
         use, wording = self._use(kind)
-        return self._found(FUNCTION_WORDINGS[wording].format(use=use), FUNCTION, found[0], lead=_useful(kind, use), detail=use)
+        text = FUNCTION_WORDINGS[wording].format(use=use)
+        return self._found(text, FUNCTION, found[0], lead=f"{made_to(kind, use)} There", detail=use)
 
     def _consequence(self, kind: str) -> Question | None:
         found = self._of_kind(kind)
         if len(found) != 1:
             return None
         known = KNOWLEDGE[kind]
-        said = known.held_out_consequence if self.split == "ood_wording" else str(self._one_of(known.consequences))
-        lead = f"{said.capitalize()}, so {'the' if kind in PAIR_NOUNS else 'a'} {kind} helps. It"
+        held_out = self.split == "ood_wording"
+        said = known.held_out_consequence if held_out else pick(self.rng, known.consequences)
+        lead = f"{said.capitalize()}, so {helpful(kind)}. It"
         return self._found(f"{said}, what helps", CONSEQUENCE, found[0], lead=lead, detail=said)
 
     def _compositional(self, kind: str) -> Question | None:
         use, _ = self._use(kind)
-        for relation in self._shuffled((*SIDES, *EXTREMES)):
-            if (HELD_OUT_RELATION[kind] == relation) != (self.split == "ood_relation"):
-                continue
-            question = self._related(relation, kind, f"the thing to {use}", COMPOSITIONAL)
-            if question is not None:
-                return question
-        return None
+        return self._by_relation((*SIDES, *EXTREMES), kind, noun=f"the thing to {use}", query_kind=COMPOSITIONAL)
 
     def _use(self, kind: str) -> tuple[str, int]:
         """(use, wording) as the split allows."""
@@ -264,65 +274,36 @@ class Asker:
         if self.split == "ood_function":
             return known.held_out_use, int(self.rng.integers(len(FUNCTION_WORDINGS)))
         if self.split == "ood_wording":
-            return str(self._one_of(known.uses)), known.held_out_wording
-        taught = taught_uses(kind)
-        return taught[int(self.rng.integers(len(taught)))]
+            return pick(self.rng, known.uses), known.held_out_wording
+        return pick(self.rng, taught_uses(kind))
 
-    # -- parts -----------------------------------------------------------------------------------------------------
+    # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _found(self, text: str, query_kind: str, target: int, *, lead: str = "There", detail: str = "") -> Question:
-        thinking = f"{lead} is {article_name(self.things[target])} {self._where(target)}."
+        thinking = f"{lead} {be(lead)} {article_name(self.things[target])} {self._where(target)}."
         return Question(text=text, kind=query_kind, targets=(target,), thinking=thinking, detail=detail)
-
-    @staticmethod
-    def _nothing(text: str, missing: str, detail: str) -> Question:
-        return Question(text=text, kind=NONE, targets=(), thinking=f"There is no {missing}.", detail=detail)
 
     def _of_kind(self, kind: str) -> list[int]:
         return [i for i, thing in enumerate(self.things) if thing.kind == kind]
 
+    def _anchors(self, kind: str, *, in_order: bool = False) -> list[int]:
+        """Objects that `the …` names beyond doubt, of another kind than `kind`; in random order."""
+        order = range(len(self.things))
+        kinds = [thing.kind for thing in self.things]
+        return [
+            i
+            for i in (order if in_order else shuffled(self.rng, order))
+            if kinds[i] != kind and kinds.count(kinds[i]) == 1
+        ]
+
+    def _anchored(self, anchor: int) -> str:
+        kind = self.things[anchor].kind
+        return f"The {kind} {be(kind)} {self._where(anchor)}."
+
     def _where(self, index: int) -> str:
         return where(self.things[index].centre_xy, self.size_hw)
 
-    def _one_of(self, options):  # type: ignore[no-untyped-def]
-        """A random option, or None if there are none."""
-        return options[int(self.rng.integers(len(options)))] if len(options) else None
 
-    def _shuffled(self, options):  # type: ignore[no-untyped-def]
-        return [options[i] for i in self.rng.permutation(len(options))]
-
-
-def where(centre_xy: tuple[float, float], size_hw: tuple[int, int]) -> str:
-    """One of nine words for a place in the picture: `at the upper left` … `in the centre` … `at the lower right`."""
-    column = min(int(3 * centre_xy[0] / size_hw[1]), 2)
-    row = min(int(3 * centre_xy[1] / size_hw[0]), 2)
-    if (row, column) == (1, 1):
-        return "in the centre"
-    if row == 1:
-        return f"at the {('left', '', 'right')[column]}"
-    if column == 1:
-        return f"at the {('top', '', 'bottom')[row]}"
-    return f"at the {('upper', '', 'lower')[row]} {('left', '', 'right')[column]}"
-
-
-def article_name(thing: Thing) -> str:
-    """`a red mug`, `an orange pair of scissors`."""
-    noun = f"pair of {thing.kind}" if thing.kind in PAIR_NOUNS else thing.kind
-    return f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {noun}"
-
-
-def _the(noun: str) -> str:
-    return noun if noun.startswith("the ") else f"the {noun}"
-
-
-def _useful(kind: str, use: str) -> str:
-    subject = f"{kind.capitalize()} are" if kind in PAIR_NOUNS else f"A {kind} is"
-    return f"{subject} made to {use}. There"
-
-
-def _material_word(material: str) -> str:
-    return {"wood": "wooden"}.get(material, material)
-
-
-def _count_word(count: int) -> str:
-    return ("no", "one", "two", "three", "four")[count]
+def _nothing(text: str, missing: str, detail: str) -> Question:
+    thinking = f"There {be(missing)} no {missing}."
+    return Question(text=text, kind=NONE, targets=(), thinking=thinking, detail=detail)

@@ -1,4 +1,4 @@
-"""Auxiliary read-outs, trained beside the policy and thrown away: they say early what the answer's digits say only late.
+"""Auxiliary read-outs, trained beside the policy and thrown away: they say early what the answer's digits say late.
 
 * per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it;
 * a pointer from the question's last token, and from every token before an object's coordinates, to the object's cells;

@@ -1,8 +1,9 @@
 """Training scenes, rendered once: what the policy sees of each, and all that questions about it need.
 
-A cache folder holds `pixels.u8` (pictures at the policy's input size), `owners.u8` (which object owns each spot of a coarse
-grid, 255 = table) and `scenes.jsonl` (one line a scene, written last: its line count says how many scenes are complete).
-Rendering can stop at any time and goes on where it was; training may read while it grows.
+A cache folder holds `header.json` (what is rendered, and room for how many), `pixels.u8` (pictures at the policy's
+input size), `owners.u8` (which object owns each spot of a coarse grid, 255 = table) and `scenes.jsonl` (one line a
+scene, written last: its line count says how many scenes are complete). Rendering can stop at any time and goes on where
+it was; training may read while it grows.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
+
+from segzero_rt.errors import SegZeroError
 
 from .scenes import Scene, random_scene
 
@@ -50,7 +54,10 @@ def to_input_objects(scene: Scene, input_side: int) -> list[CachedObject]:
         CachedObject(
             kind=thing.kind, colour=thing.colour, material=thing.material, area_px=thing.area_px,
             box_xyxy=(thing.box_xyxy[0] * sx, thing.box_xyxy[1] * sy, thing.box_xyxy[2] * sx, thing.box_xyxy[3] * sy),
-            points_xy=tuple(((x + 0.5) * sx, (y + 0.5) * sy) for x, y in thing.points_xy),  # type: ignore[arg-type]
+            points_xy=(
+                ((thing.points_xy[0][0] + 0.5) * sx, (thing.points_xy[0][1] + 0.5) * sy),
+                ((thing.points_xy[1][0] + 0.5) * sx, (thing.points_xy[1][1] + 0.5) * sy),
+            ),
         )
         for thing in scene.objects
     ]  # fmt: skip
@@ -69,15 +76,17 @@ class SceneCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        header = json.loads((folder / "header.json").read_text())
-        self.input_side: int = header["input_side"]
-        capacity: int = header["count"]
-        shape = (capacity, self.input_side, self.input_side, 3)
-        self.pixels = np.memmap(folder / "pixels.u8", np.uint8, "r", shape=shape)
-        self.owners = np.memmap(folder / "owners.u8", np.uint8, "r", shape=(capacity, OWNER_GRID, OWNER_GRID))
+        self.input_side: int = _read_header(folder)["input_side"]
         self.objects: list[list[CachedObject]] = []
         self._read_bytes = 0
+        self._map()
         self.refresh()
+
+    def _map(self) -> None:
+        capacity: int = _read_header(self.folder)["count"]
+        shape = (capacity, self.input_side, self.input_side, 3)
+        self.pixels = np.memmap(self.folder / "pixels.u8", np.uint8, "r", shape=shape)
+        self.owners = np.memmap(self.folder / "owners.u8", np.uint8, "r", shape=(capacity, OWNER_GRID, OWNER_GRID))
 
     def refresh(self) -> int:
         """Take in scenes rendered since; returns how many there are."""
@@ -88,13 +97,19 @@ class SceneCache:
                     break
                 self._read_bytes += len(line)
                 self.objects.append([_object_from_json(entry) for entry in json.loads(line)])
+        if len(self.objects) > len(self.pixels):  # somebody asked for more than when the files were mapped
+            self._map()
         return len(self.objects)
 
 
-def _object_from_json(entry: dict[str, object]) -> CachedObject:
-    entry["box_xyxy"] = tuple(entry["box_xyxy"])  # type: ignore[arg-type]
-    entry["points_xy"] = tuple(tuple(point) for point in entry["points_xy"])  # type: ignore[attr-defined]
-    return CachedObject(**entry)  # type: ignore[arg-type]
+def _read_header(folder: Path) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((folder / "header.json").read_text())
+    return header
+
+
+def _object_from_json(entry: dict[str, Any]) -> CachedObject:
+    first, second = entry.pop("points_xy")
+    return CachedObject(box_xyxy=tuple(entry.pop("box_xyxy")), points_xy=(tuple(first), tuple(second)), **entry)
 
 
 def _object_to_json(thing: CachedObject) -> dict[str, object]:
@@ -111,20 +126,54 @@ def num_objects_of(index: int) -> tuple[int, int]:
 
 
 def build_cache(folder: Path, *, split: str, seed: int, count: int, input_side: int) -> None:
-    """Render scenes `0 … count - 1` of a split, resuming where an earlier run stopped."""
+    """Render scenes `0 … count - 1` of a split, resuming where an earlier run stopped.
+
+    Asking for more than an earlier run did makes the folder grow; asking for fewer leaves it as it is.
+
+    Raises:
+        SegZeroError: the folder holds scenes of another split, seed or size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "header.json").write_text(json.dumps({"split": split, "seed": seed, "count": count, "input_side": input_side}))
-    lines = folder / "scenes.jsonl"
-    done = lines.read_bytes().count(b"\n") if lines.exists() else 0
+    header = {"split": split, "seed": seed, "count": count, "input_side": input_side}
+    if (folder / "header.json").exists():
+        count = max(count, _grown_from(_read_header(folder), header, folder))
+    done = _complete_lines(folder / "scenes.jsonl")
     pixels = _grown(folder / "pixels.u8", (count, input_side, input_side, 3))
     owners = _grown(folder / "owners.u8", (count, OWNER_GRID, OWNER_GRID))
-    with lines.open("a") as file:
+    # Last, since a reader maps as much as the header says.
+    temporary = folder / "header.json.part"
+    temporary.write_text(json.dumps({**header, "count": count}))
+    temporary.replace(folder / "header.json")
+    with (folder / "scenes.jsonl").open("a") as file:
         for index, scene in _scenes(split, seed, range(done, count)):
             picture = Image.fromarray(scene.image_rgb).resize((input_side, input_side), Image.Resampling.BILINEAR)
             pixels[index] = np.asarray(picture)
             owners[index] = _owners(scene)
             file.write(json.dumps([_object_to_json(thing) for thing in to_input_objects(scene, input_side)]) + "\n")
             file.flush()
+
+
+def _grown_from(earlier: dict[str, Any], wanted: dict[str, Any], folder: Path) -> int:
+    """How many scenes the folder has room for already."""
+    for key in ("split", "seed", "input_side"):
+        if earlier[key] != wanted[key]:
+            raise SegZeroError(
+                f"expected {folder} to hold scenes of {key} {wanted[key]}, it has {earlier[key]}; choose another folder"
+            )
+    room: int = earlier["count"]
+    return room
+
+
+def _complete_lines(path: Path) -> int:
+    """How many lines are whole; what was left of one that was being written when the run was stopped is cut off."""
+    if not path.exists():
+        return 0
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with path.open("rb+") as file:
+            file.truncate(whole)
+    return text.count(b"\n")
 
 
 def _scenes(split: str, seed: int, indices: range) -> Iterator[tuple[int, Scene]]:
@@ -149,5 +198,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     build_cache(
-        arguments.folder, split=arguments.split, seed=arguments.seed, count=arguments.count, input_side=arguments.input_side
+        arguments.folder,
+        split=arguments.split,
+        seed=arguments.seed,
+        count=arguments.count,
+        input_side=arguments.input_side,
     )

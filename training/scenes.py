@@ -1,8 +1,8 @@
 """Procedural, photo-like pictures of things on a table, with exact instance masks (numpy and OpenCV only).
 
-A scene is planned first (which objects, where, how large), then drawn back to front: shadow, object, light. Everything is a
-function of `(split, seed, index)`. The split's name enters the random state, so no seed asked for under one split can
-reproduce a picture of another: what was trained on cannot come out as test.
+A scene is planned first (which objects, where, how large), then drawn back to front: shadow, object, light. Everything
+is a function of `(split, seed, index)`. The split's name enters the random state, so no seed asked for under one split
+can reproduce a picture of another: what was trained on cannot come out as test.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .canvas import SIDE, Canvas, Plane
+from .draws import pick
 from .object_kinds import COLOURS, KINDS, MATERIAL_SHINE, Look
 from .table_tops import draw_table_top
 
@@ -27,9 +28,10 @@ SPLITS = (
 DEFAULT_SIZE_HW = (360, 480)
 
 HELD_OUT_LOOKS = frozenset({
-    ("mug", "purple"), ("plate", "pink"), ("bottle", "orange"), ("apple", "yellow"), ("book", "orange"), ("fork", "red"),
-    ("pencil", "purple"), ("phone", "pink"), ("clock", "orange"), ("glasses", "red"), ("ball", "purple"), ("hammer", "blue"),
-    ("candle", "green"), ("scissors", "orange"), ("key", "brown"), ("carrot", "yellow"),
+    ("mug", "purple"), ("plate", "pink"), ("bottle", "orange"), ("apple", "yellow"), ("book", "orange"),
+    ("fork", "red"), ("pencil", "purple"), ("phone", "pink"), ("clock", "orange"), ("glasses", "red"),
+    ("ball", "purple"), ("hammer", "blue"), ("candle", "green"), ("scissors", "orange"), ("key", "brown"),
+    ("carrot", "yellow"),
 })  # fmt: skip
 """(kind, colour) pairs drawn in the split `ood_colour` alone."""
 
@@ -106,9 +108,10 @@ def allowed_looks(kind: str, split: str) -> list[tuple[str, str]]:
 def plan_scene(
     rng: np.random.Generator, wanted: Sequence[tuple[str, str, str]], size_hw: tuple[int, int]
 ) -> list[PlannedObject] | None:
-    """Poses for objects given as (kind, colour, material): near each other, some overlapping; None when there is no room.
+    """Poses for objects given as (kind, colour, material), near each other, some overlapping.
 
-    The crowd is scaled down a little as it grows. `render` has the last word on how much may be covered.
+    None when there is no room. The crowd is scaled down a little as it grows. `render` has the last word on how much
+    may be covered.
     """
     scale = 1.1 - 0.035 * len(wanted)
     crowding = float(rng.uniform(0.5, 0.85))
@@ -125,7 +128,12 @@ def plan_scene(
 
 
 def random_scene(
-    split: str, seed: int, index: int, *, num_objects: tuple[int, int] = (4, 9), size_hw: tuple[int, int] = DEFAULT_SIZE_HW
+    split: str,
+    seed: int,
+    index: int,
+    *,
+    num_objects: tuple[int, int] = (4, 9),
+    size_hw: tuple[int, int] = DEFAULT_SIZE_HW,
 ) -> Scene:
     """A scene without a question in mind: kinds at random, often a second one of the same kind or colour.
 
@@ -152,16 +160,16 @@ def random_company(
     names = list(KINDS)
     company = list(present)
     while len(company) < count:
-        kind = names[int(rng.integers(len(names)))]
+        kind = pick(rng, names)
         looks = allowed_looks(kind, split)
         like = rng.random()
         if company and like < 0.3:
-            kind = company[int(rng.integers(len(company)))][0]
+            kind = pick(rng, company)[0]
             looks = allowed_looks(kind, split)
         elif company and like < 0.5:
-            colour = company[int(rng.integers(len(company)))][1]
+            colour = pick(rng, company)[1]
             looks = [look for look in looks if look[0] == colour] or looks
-        company.append((kind, *looks[int(rng.integers(len(looks)))]))
+        company.append((kind, *pick(rng, looks)))
     return company
 
 
@@ -241,26 +249,31 @@ class _Layer:
 def _place(rng: np.random.Generator, planned: PlannedObject, size_hw: tuple[int, int]) -> _Layer:
     base = np.asarray(COLOURS[planned.colour], np.float32)
     shade = base * rng.uniform(0.86, 1.1) + rng.normal(0, 0.02, 3)
-    look = Look(colour=planned.colour, material=planned.material, rgb=tuple(float(v) for v in np.clip(shade, 0.03, 0.98)))  # type: ignore[arg-type]
+    red, green, blue = (float(value) for value in np.clip(shade, 0.03, 0.98))
+    look = Look(colour=planned.colour, material=planned.material, rgb=(red, green, blue))
     canvas = Canvas()
     KINDS[planned.kind].draw(canvas, rng, look)
     scale = planned.half_length / (SIDE / 2)
     reach = int(np.ceil(planned.half_length * 1.45)) + 2
     centre = (round(planned.centre_xy[0]), round(planned.centre_xy[1]))
-    matrix = cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), planned.angle_deg, scale)
+    matrix = np.asarray(cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), planned.angle_deg, scale), np.float64)
     if planned.mirrored:
         matrix = matrix @ np.array([[-1, 0, SIDE], [0, 1, 0], [0, 0, 1]], np.float64)
     matrix[:, 2] += reach - SIDE / 2
     side = 2 * reach
-    planes = np.dstack([canvas.colour * canvas.alpha[..., None], canvas.alpha, cv2.GaussianBlur(canvas.height, (0, 0), 2.0)])
+    planes = np.dstack(
+        [canvas.colour * canvas.alpha[..., None], canvas.alpha, cv2.GaussianBlur(canvas.height, (0, 0), 2.0)]
+    )
     if scale < 0.75:
         planes = cv2.GaussianBlur(planes, (0, 0), 0.35 / scale)  # a photograph's antialiasing, before shrinking
-    warped = cv2.warpAffine(planes, matrix, (side, side), flags=cv2.INTER_LINEAR)
+    warped = np.asarray(cv2.warpAffine(planes, matrix, (side, side), flags=cv2.INTER_LINEAR), np.float32)
     top, left = max(0, centre[1] - reach), max(0, centre[0] - reach)
     bottom, right = min(size_hw[0], centre[1] + reach), min(size_hw[1], centre[0] + reach)
-    crop = warped[top - centre[1] + reach : bottom - centre[1] + reach, left - centre[0] + reach : right - centre[0] + reach]
+    crop = warped[
+        top - centre[1] + reach : bottom - centre[1] + reach, left - centre[0] + reach : right - centre[0] + reach
+    ]
     alpha = crop[..., 3]
-    colour = crop[..., :3] / np.maximum(alpha, 1e-3)[..., None]
+    colour = np.asarray(crop[..., :3] / np.maximum(alpha, np.float32(1e-3))[..., None], np.float32)
     return _Layer(
         window=(top, left, bottom, right), colour=colour, alpha=alpha, height=crop[..., 4] * scale,
         shine=MATERIAL_SHINE[planned.material], size_hw=size_hw,
@@ -312,10 +325,10 @@ def _photograph(rng: np.random.Generator, picture: Plane, light: _Light) -> NDAr
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     field_of_light = 1 + light.slope_xy[0] * x + light.slope_xy[1] * y - rng.uniform(0, 0.14) * (x * x + y * y)
-    exposed = picture * field_of_light[..., None] * light.tint_rgb
+    exposed = np.asarray(picture * field_of_light[..., None] * light.tint_rgb, np.float32)
     blur = rng.uniform(0, 0.9)
     if blur > 0.35:
-        exposed = cv2.GaussianBlur(exposed, (0, 0), blur)
+        exposed = np.asarray(cv2.GaussianBlur(exposed, (0, 0), blur), np.float32)
     grain = rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(0.004, 0.022))
     return np.clip((exposed + grain) * 255 + 0.5, 0, 255).astype(np.uint8)
 
@@ -330,7 +343,10 @@ def _describe(planned: PlannedObject, layer: _Layer, mask: NDArray[np.bool_]) ->
     away = np.hypot(ys - first[0], xs - first[1])
     far = away >= np.median(away)
     second = int(np.argmax(inner[ys[far], xs[far]]))
-    points = ((int(first[1]) + box[0], int(first[0]) + box[1]), (int(xs[far][second]) + box[0], int(ys[far][second]) + box[1]))
+    points = (
+        (int(first[1]) + box[0], int(first[0]) + box[1]),
+        (int(xs[far][second]) + box[0], int(ys[far][second]) + box[1]),
+    )
     return SceneObject(
         kind=planned.kind, colour=planned.colour, material=planned.material, box_xyxy=box, points_xy=points,
         area_px=int(mask.sum()), mask=mask,

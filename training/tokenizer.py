@@ -1,8 +1,8 @@
-"""The tabletop policy's own small tokenizer: byte-level BPE with single digits, Qwen's control tokens and phrase tokens.
+"""The tabletop policy's own small tokenizer: byte-level BPE, single digits, Qwen's control tokens and phrase tokens.
 
-The sentences of a family's prompt and the skeleton of its JSON never change, so each is one token here ("phrase tokens"):
-a prompt costs 15 tokens instead of 150, an object 24. They match text verbatim and decode to it; free text that happens to
-hold one is tokenised the same way at training and at run time.
+The sentences of a family's prompt and the skeleton of its JSON never change, so each is one token here ("phrase
+tokens"): a prompt costs 15 tokens instead of 150, an object 24. They match text verbatim and decode to it; free text
+that happens to hold one is tokenised the same way at training and at run time.
 """
 
 from __future__ import annotations
@@ -60,11 +60,22 @@ def _corpus(cache: SceneCache, num_scenes: int) -> Iterator[str]:
             yield from (wording.format(use=use) for wording in FUNCTION_WORDINGS)
         for said in (*known.consequences, known.held_out_consequence):
             yield from (said, said.capitalize())
-        for template in KNOWLEDGE_QUESTIONS:
-            yield template
+        yield from KNOWLEDGE_QUESTIONS
         yield f"{kind} {KINDS[kind].plural} {' '.join(KINDS[kind].synonyms)}"
     yield " ".join(COLOURS)
     yield SYSTEM_PROMPT
+
+
+def control_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the vocabulary must have.
+
+    Raises:
+        KeyError: it has none, so it is not one of ours.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise KeyError(f"expected a tokenizer with the token {token!r}; train it anew with `train_tokenizer`")
+    return found
 
 
 def train_tokenizer(cache: SceneCache, target: Path, num_scenes: int = 1200) -> Tokenizer:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .draws import pick
 from .knowledge import KNOWLEDGE
 from .object_kinds import KINDS, PAIR_NOUNS
-from .questions import Thing, article_name, where
+from .phrases import Thing, article_name, be, where, with_article
 from .scene_cache import CachedObject
 
 KNOWLEDGE_QUESTIONS = (
@@ -22,7 +23,9 @@ KNOWLEDGE_QUESTIONS = (
 )
 
 
-def ask_about_picture(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str]:
+def ask_about_picture(
+    rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
+) -> tuple[str, str]:
     """(question, answer) in plain text."""
     asks = (_colour, _count, _presence, _place, _region)
     for number in rng.permutation(len(asks)):
@@ -32,58 +35,60 @@ def ask_about_picture(rng: np.random.Generator, things: Sequence[CachedObject], 
     return _presence(rng, things, size_hw)
 
 
-def _pick(rng: np.random.Generator, options):  # type: ignore[no-untyped-def]
-    return options[int(rng.integers(len(options)))]
-
-
 def _singles(things: Sequence[Thing]) -> list[Thing]:
     kinds = [thing.kind for thing in things]
     return [thing for thing in things if kinds.count(thing.kind) == 1]
 
 
-def _colour(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str] | None:
+def _colour(
+    rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
+) -> tuple[str, str] | None:
     singles = _singles(things)
     if not singles:
         return None
-    thing = _pick(rng, singles)
-    verb = "are" if thing.kind in PAIR_NOUNS else "is"
-    return f"What colour {verb} the {thing.kind}?", thing.colour
+    thing = pick(rng, singles)
+    return f"What colour {be(thing.kind)} the {thing.kind}?", thing.colour
 
 
-def _count(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str] | None:
+def _count(
+    rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
+) -> tuple[str, str] | None:
     if rng.random() < 0.25:
         return "How many objects are there?", str(len(things))
-    kind = _pick(rng, things).kind if rng.random() < 0.75 else _pick(rng, list(KINDS))
+    kind = pick(rng, things).kind if rng.random() < 0.75 else pick(rng, list(KINDS))
     return f"How many {KINDS[kind].plural} are there?", str(sum(thing.kind == kind for thing in things))
 
 
 def _presence(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str]:
-    kind = _pick(rng, things).kind if rng.random() < 0.5 else _pick(rng, list(KINDS))
-    article = "" if kind in PAIR_NOUNS else "an " if kind[0] in "aeiou" else "a "
-    verb = "Are" if kind in PAIR_NOUNS else "Is"
-    return f"{verb} there {article}{kind}?", "yes" if any(thing.kind == kind for thing in things) else "no"
+    kind = pick(rng, things).kind if rng.random() < 0.5 else pick(rng, list(KINDS))
+    asked = f"Are there {kind}?" if kind in PAIR_NOUNS else f"Is there {with_article(kind)}?"
+    return asked, "yes" if any(thing.kind == kind for thing in things) else "no"
 
 
-def _place(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str] | None:
+def _place(
+    rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
+) -> tuple[str, str] | None:
     places = [where(thing.centre_xy, size_hw) for thing in things]
     alone = [i for i, place in enumerate(places) if places.count(place) == 1]
     if not alone:
         return None
-    chosen = _pick(rng, alone)
+    chosen = pick(rng, alone)
     return f"What is {places[chosen]}?", article_name(things[chosen])
 
 
-def _region(rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]) -> tuple[str, str] | None:
-    thing = _pick(rng, things)
+def _region(
+    rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
+) -> tuple[str, str] | None:
+    thing = pick(rng, things)
     return f"What is in [{', '.join(str(round(v)) for v in thing.box_xyxy)}]?", article_name(thing)
 
 
 def ask_about_world(rng: np.random.Generator) -> tuple[str, str]:
     """(question, answer) of world knowledge; every use and consequence occurs, those held out of grounding too."""
-    kind = _pick(rng, list(KNOWLEDGE))
+    kind = pick(rng, list(KNOWLEDGE))
     known = KNOWLEDGE[kind]
-    use = _pick(rng, (*known.uses, known.held_out_use))
-    said = _pick(rng, (*known.consequences, known.held_out_consequence))
-    template = _pick(rng, KNOWLEDGE_QUESTIONS)
+    use = pick(rng, (*known.uses, known.held_out_use))
+    said = pick(rng, (*known.consequences, known.held_out_consequence))
+    template = pick(rng, KNOWLEDGE_QUESTIONS)
     answer = f"to {use}" if "{kind}" in template else kind
     return template.format(use=use, kind=kind, said=said.capitalize()), answer
