@@ -50,7 +50,7 @@ class Preset:
     max_new_tokens: int
     flavour: str = "ort"
     storage: str = "float16"
-    """Weights in the files; everything is computed in float32."""
+    """Weights in the files: "float16" and "float32" are computed in float32, "int8" holds for the policy alone."""
 
     def __post_init__(self) -> None:
         if self.answer_format not in FORMATS or self.resampler not in RESAMPLERS:
@@ -102,9 +102,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name in the manifest (default: the preset's)")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default answer format (default: the preset's)")
     parser.add_argument("--flavour", choices=("ort", "portable"), help="decoder flavour (default: the preset's)")
-    parser.add_argument(
-        "--storage", choices=("float16", "float32"), help="weights in the files (default: the preset's)"
-    )
+    parser.add_argument("--storage", choices=("float16", "float32", "int8"), help="weights in the files (preset's)")
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens of the KV cache")
     parser.add_argument("--gate-images", type=Path, metavar="DIR", help="pictures that the gates compare on")
     parser.add_argument("--gate-count", type=positive_integer, default=4, metavar="N", help="at most N of them (4)")
@@ -213,7 +211,9 @@ def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[A
     _check_checkpoint(folder, "--segmenter")
     export_segmenter = _imported("segmenter").export_segmenter
     _say(f"segmenter: {folder}")
-    exported: SegmenterExport = export_segmenter(folder, work, storage=preset.storage, pictures=pictures)
+    # Hiera loses too much in 8 bits, and is small: the policy alone is stored so.
+    storage = "float16" if preset.storage == "int8" else preset.storage
+    exported: SegmenterExport = export_segmenter(folder, work, storage=storage, pictures=pictures)
     return exported
 
 
