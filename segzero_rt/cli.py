@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from segzero_rt import __version__
 from segzero_rt.errors import SegZeroError
+
+if TYPE_CHECKING:  # 15 ms that the built-in commands need not wait for
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "segzero.commands"
 EXIT_OK, EXIT_BAD_INPUT, EXIT_NO_ANSWER = 0, 2, 3
@@ -130,8 +132,10 @@ def _find(name: str) -> Command:
         ) from error
 
 
-def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
-    yield from importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+def _entry_points() -> Iterator[EntryPoint]:
+    from importlib.metadata import entry_points
+
+    yield from entry_points(group=ENTRY_POINT_GROUP)
 
 
 def _extra_of(name: str) -> str:
