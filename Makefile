@@ -51,7 +51,7 @@ lint: .venv-test/stamp
 	python310="$$(bash .ci/find_python310)" && if [ -n "$$python310" ]; then \
 	  "$$python310" -m venv .venv-py310 && \
 	  .venv-py310/bin/python -m pip install --quiet --disable-pip-version-check \
-	    onnxruntime==1.23.2 numpy==2.2.6 opencv-python-headless Pillow tokenizers; \
+	    onnxruntime==1.23.2 numpy==2.2.6 opencv-python-headless Pillow; \
 	else echo "no Python 3.10 found: the JetPack 6 test will be skipped"; fi
 	touch $@
 

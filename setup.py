@@ -21,13 +21,12 @@ CORE = [
     "opencv-python-headless>=4.8",
     # Resampling is part of the model: these policies were trained on Pillow's antialiased resizing.
     "Pillow>=10.1",
-    "tokenizers>=0.20",
 ]
 # onnxruntime and onnxruntime-gpu are two distributions of one module, and extras can only add: the core names neither.
 # 1.23 is the last release with wheels for Python 3.10, which is what JetPack 6 has.
 CPU = ["onnxruntime>=1.23"]
 # transformers 5 renamed the Qwen2.5-VL and SAM 2 classes that the exporters load weights from.
-TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4"]
+TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.20"]
 # torch.onnx.export(dynamo=True) writes through onnxscript.
 EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
 TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0"]

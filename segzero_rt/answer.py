@@ -63,4 +63,6 @@ class Answer:
 
     def __post_init__(self) -> None:
         if (self.status is AnswerStatus.OK) != bool(self.prompts):
-            raise ValueError(f"status {self.status.value} with {len(self.prompts)} prompts: `ok` and prompts go together")
+            raise ValueError(
+                f"status {self.status.value} with {len(self.prompts)} prompts: `ok` and prompts go together"
+            )

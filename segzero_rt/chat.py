@@ -7,12 +7,9 @@ What a user wrote can never become a special token: it is encoded with special t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from segzero_rt.errors import BundleError
-
-if TYPE_CHECKING:  # tokenizers loads a native library: only once a policy is loaded
-    from tokenizers import Tokenizer
+from segzero_rt.tokenizer import Tokenizer
 
 _SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -26,20 +23,15 @@ class Chat:
     """
 
     def __init__(self, tokenizer_path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_path))
-        except Exception as error:  # tokenizers raises bare Exception, and nothing narrower
-            raise BundleError(f"expected a tokenizer at {tokenizer_path}, got: {error}") from error
+        self._tokenizer = Tokenizer.from_file(tokenizer_path)
         for token in _SPECIAL_TOKENS:
             if self._tokenizer.token_to_id(token) is None:
                 raise BundleError(f"expected the special token {token} in {tokenizer_path}, got none")
-        self.image_token_id: int = self._tokenizer.encode("<|image_pad|>", add_special_tokens=False).ids[0]
+        self.image_token_id = self._tokenizer.encode("<|image_pad|>", special=True)[0]
 
     @property
     def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
+        return self._tokenizer.vocab_size
 
     def before_picture(self, system_prompt: str) -> list[int]:
         """Tokens up to the picture's first."""
@@ -63,18 +55,13 @@ class Chat:
 
     def text(self, token_ids: list[int]) -> str:
         """Plain text of tokens; special tokens are left out."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return self._tokenizer.decode(token_ids)
 
     def _template(self, text: str) -> list[int]:
-        return self._encode(text, special=True)
+        return self._tokenizer.encode(text, special=True)
 
     def _user_text(self, text: str) -> list[int]:
-        return self._encode(text, special=False)
-
-    def _encode(self, text: str, *, special: bool) -> list[int]:
-        self._tokenizer.encode_special_tokens = not special
-        encoded: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return encoded
+        return self._tokenizer.encode(text, special=False)
 
 
 class TextStream:

@@ -16,7 +16,7 @@ from segzero_rt.manifest import MANIFEST_NAME
 if TYPE_CHECKING:  # a card of the machine alone opens no bundle
     from segzero_rt.bundle import Bundle
 
-_PACKAGES = ("segzero-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "pillow", "tokenizers")
+_PACKAGES = ("segzero-rt", "numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python-headless", "pillow")
 
 
 def environment_card(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
