@@ -64,6 +64,10 @@ class Batch:
     """int64 [R, 2]: picture, token after which the coordinates follow."""
     box_to: Tensor
     """float32 [R, 4], xyxy in [0, 1]."""
+    watch_at: Tensor
+    """int64 [W, 3]: picture, token that should look at an object, first token of its question."""
+    watch_to: Tensor
+    """float32 [W, V]: distribution over the object's cells."""
 
 
 @dataclass
@@ -82,6 +86,8 @@ class _Rows:
     pointer_to: list[NDArray[np.float32]] = field(default_factory=list)
     box_at: list[tuple[int, int]] = field(default_factory=list)
     box_to: list[tuple[float, float, float, float]] = field(default_factory=list)
+    watch_at: list[tuple[int, int, int]] = field(default_factory=list)
+    watch_to: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 class GroundingData:
@@ -93,6 +99,7 @@ class GroundingData:
         self.pad = control_id(tokenizer, "<|endoftext|>")
         self.object_starts = {control_id(tokenizer, phrase) for phrase in OBJECT_STARTS}
         self.think_close = control_id(tokenizer, "</think>")
+        self.articles = {tokenizer.token_to_id(f"Ġ{article}") for article in ("a", "an")}
         head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
         self.text_prefix = tokenizer.encode(head, add_special_tokens=False).ids
         pads = [control_id(tokenizer, "<|image_pad|>")] * CELLS
@@ -123,6 +130,7 @@ class GroundingData:
             cell_boxes=torch.from_numpy(np.stack(boxes)),
             pointer_at=torch.tensor(rows.pointer_at), pointer_to=torch.from_numpy(np.stack(rows.pointer_to)),
             box_at=torch.tensor(rows.box_at), box_to=torch.tensor(rows.box_to),
+            watch_at=torch.tensor(rows.watch_at), watch_to=torch.from_numpy(np.stack(rows.watch_to)),
         )  # fmt: skip
 
     def knowledge_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Layout]:
@@ -183,6 +191,22 @@ class GroundingData:
             rows.box_at.append((number, offset + at))
             left, top, right, bottom = things[target].box_xyxy
             rows.box_to.append((left / INPUT_SIDE, top / INPUT_SIDE, right / INPUT_SIDE, bottom / INPUT_SIDE))
+        for at, target in [*zip(starts, segment.targets, strict=True), *self._described(segment)]:
+            seen = _pointer_target(cover, (target,))
+            if seen[-1] == 0:
+                rows.watch_at.append((number, offset + at, offset))
+                rows.watch_to.append(seen[:CELLS])
+
+    def _described(self, segment: _Segment) -> list[tuple[int, int]]:
+        """(token, object): the articles in the thinking after which an object of the answer is described."""
+        ids = segment.token_ids
+        if self.think_close not in ids[segment.num_prompt :]:
+            return []
+        end = ids.index(self.think_close, segment.num_prompt)
+        articles = [at for at in range(segment.num_prompt, end) if ids[at] in self.articles]
+        if len(segment.targets) == 1:
+            articles = articles[-1:]  # what it is told apart from comes first
+        return list(zip(articles, segment.targets, strict=True)) if len(articles) == len(segment.targets) else []
 
     def _segment(self, rng: np.random.Generator, asker: Asker, things: list[CachedObject], length: int) -> _Segment:
         if length == PLAIN:

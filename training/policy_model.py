@@ -32,8 +32,11 @@ GRID = INPUT_SIDE // (PATCH * MERGE)
 def tabletop_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLConfig:
     """Sizes of the shipped policy, about 8 M parameters.
 
-    `rope_theta` is 20 instead of 1e6 and the windows are 140 px instead of 112: Qwen2.5-VL has no absolute position,
-    and M-RoPE gives the picture's width its lowest frequencies, which at 1e6 a small model never learns to read.
+    Rotary frequencies differ from the released `rope_theta` 1e6 and sections 16/24/24. Qwen2.5-VL has no absolute
+    position, and M-RoPE hands frequencies out in falling order to time, height and width: at 1e6 the width gets only those
+    that a small model never learns to read. A theta of 20 mends that but leaves no slow frequency at all, and with none a
+    word cannot find what it means among tokens 50 to 150 places away (box IoU stood at 0.25). With 1e4 and 2/4/26, height
+    has radians per cell of 0.56 to 0.24, width from 0.18 down, and the slow half of the width's serve content.
     """
     return Qwen2_5_VLConfig(
         text_config={
@@ -46,7 +49,7 @@ def tabletop_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLCon
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [8, 12, 12]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 4, 26]},
             "bos_token_id": None,
             "eos_token_id": token_ids["<|im_end|>"],
             "pad_token_id": token_ids["<|endoftext|>"],
@@ -230,6 +233,28 @@ class PackedPolicy(nn.Module):
             if number in taps:
                 tapped.append(x)
         return rms_norm(x, self.text.norm), tapped
+
+    def watched(self, x: Tensor, layer: int, at: Tensor, layout: Layout) -> Tensor:
+        """How much the first head of a decoder layer looks at each visual token, as log-probabilities [W, V].
+
+        Args:
+            x: [B, S, C], what enters the layer.
+            at: int64 [W, 3], see `Batch.watch_at`.
+        """
+        rows, tokens, starts = at.T
+        block = self.text.layers[layer]
+        attention, dim = block.self_attn, block.self_attn.head_dim
+        x = rms_norm(x, block.input_layernorm)
+        cos, sin = (table[0, 0] for table in self._rotary(layout, torch.float32))  # [S, D]
+        q = F.linear(x[rows, tokens], attention.q_proj.weight[:dim], attention.q_proj.bias[:dim]).float()
+        k = F.linear(x, attention.k_proj.weight[:dim], attention.k_proj.bias[:dim]).float()
+        q, k = rotate(q, cos[tokens], sin[tokens]), rotate(k, cos, sin)
+        reach = starts[:, None] + torch.arange(max(length for _, length in layout.groups))  # [W, L]
+        own = torch.einsum("wd,wld->wl", q, k[rows[:, None], reach.clamp(max=layout.length - 1)])
+        own = own.masked_fill(reach > tokens[:, None], float("-inf"))
+        prefix = torch.einsum("wd,wpd->wp", q, k[:, : layout.prefix_length][rows])
+        scores = torch.cat([prefix, own], 1) * dim**-0.5
+        return F.log_softmax(scores, -1)[:, layout.image_start : layout.image_start + GRID * GRID]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.text.embed_tokens.weight)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from .grounding_data import EVERYTHING, IGNORED, LONG, PLAIN, SHORT, GroundingData
 from .policy_model import PackedPolicy, tabletop_config
-from .readouts import TAPS, Readouts
+from .readouts import TAPS, WATCHING_LAYER, Readouts, watching_loss
 from .scene_cache import SceneCache
 from .tokenizer import CONTROL_TOKENS, control_id, train_tokenizer
 
@@ -178,7 +178,7 @@ class Pretraining:
         layout = self.dense if self.step % 4 == 3 else self.usual
         batch = self.data.batch(rng, self._draw(rng, self.preset.batch), layout)
         visual = self.policy.look(batch.pixels)
-        hidden, (cells, pointing, boxing) = self.policy.read(batch.token_ids, visual, layout, TAPS)
+        hidden, (cells, pointing) = self.policy.read(batch.token_ids, visual, layout, TAPS)
         image = slice(layout.image_start, layout.image_start + visual.shape[1])
         weight = self.preset.readout_weight
         losses = {"text": self._text_loss(hidden, batch.labels)}
@@ -187,8 +187,9 @@ class Pretraining:
         for name, loss in self.readouts.cells(cells[:, image], batch).items():
             losses[f"cells_{name}"] = 0.3 * weight * loss
         pointer, pointed = self.readouts.pointer(pointing, pointing[:, image], batch)
-        box, iou = self.readouts.box(boxing, batch)
-        losses |= {"pointer": 0.5 * weight * pointer, "box": weight * box}
+        box, iou = self.readouts.box(pointing, batch)
+        watching = watching_loss(self.policy.watched(cells, WATCHING_LAYER, batch.watch_at, layout), batch)
+        losses |= {"pointer": 0.5 * weight * pointer, "box": weight * box, "watching": 0.5 * weight * watching}
         if self.step % self.preset.knowledge_every == 0:
             ids, labels, text_layout = self.data.knowledge_batch(rng, 48)
             losses["knowledge"] = 0.3 * self._text_loss(self.policy.read(ids, None, text_layout)[0], labels)

@@ -2,7 +2,9 @@
 
 * per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it;
 * a pointer from the question's last token, and from every token before an object's coordinates, to the object's cells;
-* that object's box, from the decoder's last but one layer.
+* the first attention head of that layer, made to look there itself, at those tokens and where the thinking describes an
+  object (the only one that adds no weights: it trains the policy's own head);
+* the object's box, right after that layer.
 
 Plain next-token training of so small a model does not ground at all within thousands of steps; with these it does.
 """
@@ -17,8 +19,9 @@ from .grounding_data import Batch
 from .object_kinds import COLOURS, KINDS
 from .policy_model import GRID
 
-TAPS = (2, 3, 4)
-"""Decoder layers (0-based) after which the cells, the pointer and the box are read."""
+CELL_LAYER, WATCHING_LAYER = 2, 3
+"""Decoder layers (0-based): cells are read after the first; the second one looks, and pointer and box are read after it."""
+TAPS = (CELL_LAYER, WATCHING_LAYER)
 
 
 class CellReadout(nn.Module):
@@ -80,6 +83,11 @@ class BoxReadout(nn.Module):
         boxes = self.mlp(self.norm(hidden[rows, at].float())).float().sigmoid()
         iou = _paired_iou(boxes.detach(), batch.box_to)
         return 8 * F.smooth_l1_loss(boxes, batch.box_to, beta=0.05), iou.mean()
+
+
+def watching_loss(looked: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the watching head's attention [W, V] (log-probabilities) to the object's cells."""
+    return -(batch.watch_to * looked).sum(-1).mean()
 
 
 def _paired_iou(a: Tensor, b: Tensor) -> Tensor:
