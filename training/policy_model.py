@@ -33,10 +33,10 @@ def tabletop_config(vocab_size: int, token_ids: dict[str, int]) -> Qwen2_5_VLCon
     """Sizes of the shipped policy, about 8 M parameters.
 
     Rotary frequencies differ from the released `rope_theta` 1e6 and sections 16/24/24. Qwen2.5-VL has no absolute
-    position, and M-RoPE hands frequencies out in falling order to time, height and width: at 1e6 the width gets only those
-    that a small model never learns to read. A theta of 20 mends that but leaves no slow frequency at all, and with none a
-    word cannot find what it means among tokens 50 to 150 places away (box IoU stood at 0.25). With 1e4 and 2/4/26, height
-    has radians per cell of 0.56 to 0.24, width from 0.18 down, and the slow half of the width's serve content.
+    position, and M-RoPE hands frequencies out in falling order to time, height and width: at 1e6 the width gets only
+    those that a small model never learns to read. A theta of 20 mends that but leaves no slow frequency at all, and
+    with none a word cannot find what it means among tokens 50 to 150 places away. With 1e4 and 2/4/26, height has 0.56
+    to 0.24 radians per cell, width 0.18 and less, and the slow half of the width's serve content.
     """
     return Qwen2_5_VLConfig(
         text_config={

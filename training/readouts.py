@@ -20,7 +20,7 @@ from .object_kinds import COLOURS, KINDS
 from .policy_model import GRID
 
 CELL_LAYER, WATCHING_LAYER = 2, 3
-"""Decoder layers (0-based): cells are read after the first; the second one looks, and pointer and box are read after it."""
+"""Decoder layers (0-based): cells are read after the first; the second looks, pointer and box are read after it."""
 TAPS = (CELL_LAYER, WATCHING_LAYER)
 
 
