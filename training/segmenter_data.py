@@ -27,8 +27,8 @@ Picture = tuple[np.ndarray, np.ndarray, np.ndarray]
 SCENE_SEED = 90_001
 """Of the scenes' training split; the policy's pictures come from other seeds."""
 
-SMALLEST_VISIBLE_PIXELS = 48
-"""Things and parts with fewer visible pixels are not asked for."""
+SMALLEST_VISIBLE_SHARE = 0.002
+"""Things and parts of which less of the picture can be seen are not asked for."""
 
 
 def _cast_shadow(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ def compose_picture(rng: np.random.Generator, bank: PhotoBank, side: int) -> Pic
         pieces, is_body = _thing(rng, side)
         pieces = _soften(rng, pieces)
         whole = np.maximum.reduce(pieces)
-        if (whole > 0.5).sum() < SMALLEST_VISIBLE_PIXELS:
+        if (whole > 0.5).mean() < SMALLEST_VISIBLE_SHARE:
             continue
         if rng.random() < 0.6:
             image = _cast_shadow(rng, image, whole)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .segmenter_data import SMALLEST_VISIBLE_PIXELS
+from .segmenter_data import SMALLEST_VISIBLE_SHARE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,10 @@ def draw_targets(
                 continue
         if len(numbers) == 0:
             mask = np.ones_like(instances, bool)  # an empty picture: the whole of it
-        elif choice < 0.22 and len(pieces):
-            mask = parts == rng.choice(pieces)
+        elif choice < 0.14 and len(pieces):
+            mask = parts == _pick(rng, parts, pieces)
         else:
-            mask = instances == rng.choice(numbers)
+            mask = instances == _pick(rng, instances, numbers)
         targets.append(prompt_for(rng, mask, kind))
     return targets
 
@@ -74,7 +74,13 @@ def draw_targets(
 def _askable(labels: np.ndarray) -> np.ndarray:
     counts = np.bincount(labels.ravel(), minlength=256)
     counts[0] = 0
-    return np.flatnonzero(counts >= SMALLEST_VISIBLE_PIXELS)
+    return np.flatnonzero(counts >= SMALLEST_VISIBLE_SHARE * labels.size)
+
+
+def _pick(rng: np.random.Generator, labels: np.ndarray, numbers: np.ndarray) -> int:
+    """One of `numbers`, large ones more often: by the square root of their area."""
+    weights = np.sqrt(np.bincount(labels.ravel(), minlength=256)[numbers])
+    return int(rng.choice(numbers, p=weights / weights.sum()))
 
 
 def prompt_for(rng: np.random.Generator, mask: np.ndarray, kind: PromptKind) -> Target:

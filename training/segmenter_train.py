@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -71,7 +73,9 @@ class SegmenterPreset:
     box_only_steps: int = 1_000
     """Until here every prompt is a box: what a box means has to be found before anything else is learnt."""
     prompts_per_picture: int = 6
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 3e-4
+    """Of the decoder, which stops learning at thrice that."""
+    encoder_rate_factor: float = 2.0
     weight_decay: float = 0.05
     ema_decay: float = 0.998
     seed: int = 1
@@ -146,7 +150,7 @@ class PictureCache:
         if rng.random() < 0.5:
             packed = packed[:, ::-1]
         image, labels = np.ascontiguousarray(packed[..., :3]), np.ascontiguousarray(packed[..., 3:])
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             image, labels = _zoom(rng, image, labels)
         if side != image.shape[0]:
             image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
@@ -156,7 +160,7 @@ class PictureCache:
 
 def _zoom(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     side = image.shape[0]
-    height, width = (rng.uniform(0.55, 1.0, 2) * side).astype(int)
+    height, width = (rng.uniform(0.35, 1.0) * rng.uniform(0.8, 1.25, 2) * side).clip(0.3 * side, side).astype(int)
     top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
     window = (slice(top, top + height), slice(left, left + width))
     image = cv2.resize(image[window], (side, side), interpolation=cv2.INTER_LINEAR)
@@ -244,10 +248,18 @@ def _start(preset: SegmenterPreset) -> _Run:
     torch.manual_seed(preset.seed)
     model = build_segmenter(preset.size).train()
     readout = nn.Conv2d(preset.size.decoder_dim // 8, 2, kernel_size=1)
-    parameters = [*model.parameters(), *readout.parameters()]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": preset.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    encoder = [*model.vision_encoder.parameters(), *readout.parameters()]
+    inside = {id(parameter) for parameter in encoder}
+    decoder = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    groups = [
+        {
+            "params": [parameter for parameter in parameters if (parameter.ndim >= 2) == is_matrix],
+            "weight_decay": preset.weight_decay if is_matrix else 0.0,
+            "rate_factor": factor,
+        }
+        for parameters, factor in ((encoder, preset.encoder_rate_factor), (decoder, 1.0))
+        for is_matrix in (True, False)
+    ]
     optimiser = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.98), fused=True)
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return _Run(model=model, readout=readout, average=average, optimiser=optimiser)
@@ -298,11 +310,14 @@ def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool =
 def _loop(preset: SegmenterPreset, run: _Run, out_dir: Path) -> None:
     cache = PictureCache(out_dir / "cache", preset.sources, preset.size.side)
     saved_at = time.monotonic()
+    stopped = threading.Event()
+    if threading.current_thread() is threading.main_thread():  # a polite kill loses nothing
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     window: list[tuple[float, float, float, float]] = []
     with (out_dir / "log.jsonl").open("a") as log:
         log.write(json.dumps({"preset": preset.name, "from_step": run.step, "size": asdict(preset.size)}) + "\n")
         bar = tqdm(total=preset.steps, initial=run.step, desc=preset.name, mininterval=10)
-        while run.step < preset.steps:
+        while run.step < preset.steps and not stopped.is_set():
             window.append(_step(preset, run, cache))
             bar.update()
             if run.step % 20 == 0:
@@ -312,7 +327,8 @@ def _loop(preset: SegmenterPreset, run: _Run, out_dir: Path) -> None:
                 log.write(json.dumps({key: round(float(value), 4) for key, value in line.items()}) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{loss:.3f}", iou=f"{chosen:.3f}")
-            if time.monotonic() - saved_at > preset.checkpoint_seconds or run.step == preset.steps:
+            is_last = run.step == preset.steps or stopped.is_set()
+            if is_last or time.monotonic() - saved_at > preset.checkpoint_seconds:
                 run.save(out_dir / "checkpoint.pt")
                 save_averaged(run, preset.size, out_dir / "hf")
                 saved_at = time.monotonic()
@@ -324,7 +340,7 @@ def _step(preset: SegmenterPreset, run: _Run, cache: PictureCache) -> tuple[floa
     batch = _batch(preset, cache, run.step)
     set_side(run.model, batch.pixels.shape[-1])
     for group in run.optimiser.param_groups:
-        group["lr"] = _learning_rate(preset, run.step)
+        group["lr"] = group["rate_factor"] * _learning_rate(preset, run.step)
     with torch.autocast("cpu", torch.bfloat16):
         features = encode(run.model, batch.pixels)
         predictions = decode(run.model, features, batch.points_xy, batch.labels)

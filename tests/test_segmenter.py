@@ -1,0 +1,300 @@
+"""The segmenter's graphs and runtime against transformers' `Sam2Model`, with random weights at a tiny size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from segzero_rt.answer import Prompt
+from segzero_rt.errors import ExportError, GraphError, ImageError
+from segzero_rt.graph import Graph
+from segzero_rt.graph_spec_segmenter import mask_decoder_spec
+from segzero_rt.manifest import SegmenterManifest
+from segzero_rt.mask import masks_from_logits
+from segzero_rt.segmenter import ImageEncoder, MaskDecoder, choose_masks
+
+torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
+
+from export.onnx_weights import store_weights_fp16  # noqa: E402 - needs torch's absence to skip first
+from export.segmenter import (  # noqa: E402
+    EXACT,
+    IR_VERSION,
+    OPSET,
+    export_segmenter,
+    gate_segmenter,
+    load_checkpoint,
+    segmenter_specs,
+)
+
+NOTHING = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The tiny segmenter: in PyTorch, as graphs with unrounded weights, as the runtime's two halves."""
+
+    model: Any
+    paths: tuple[Path, Path]
+    graphs: tuple[Graph, Graph]
+    manifest: SegmenterManifest
+    encoder: ImageEncoder
+    decoder: MaskDecoder
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    result = export_segmenter(tiny_checkpoints[1], tmp_path_factory.mktemp("exact"), storage="float32")
+    model = load_checkpoint(tiny_checkpoints[1])
+    paths = (result.files[result.manifest.graphs.encoder], result.files[result.manifest.graphs.decoder])
+    specs = segmenter_specs(model)
+    graphs = (Graph.load(paths[0], specs[0], backend="cpu"), Graph.load(paths[1], specs[1], backend="cpu"))
+    return Exported(
+        model=model,
+        paths=paths,
+        graphs=graphs,
+        manifest=result.manifest,
+        encoder=ImageEncoder(graphs[0], result.manifest),
+        decoder=MaskDecoder(graphs[1], result.manifest),
+    )
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, shape).astype(np.float32)
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_encoder_is_that_of_sam2(exported: Exported, batch: int) -> None:
+    pixels = noise(batch, batch, 3, *exported.manifest.input_size_hw)
+    ours = exported.graphs[0].run({"pixel_values": pixels})
+    fine, middle, coarse = exported.model.get_image_embeddings(torch.from_numpy(pixels))
+    np.testing.assert_allclose(ours["image_embeddings"], coarse.numpy(), atol=2e-5)
+    np.testing.assert_allclose(ours["high_res_features_0"], fine.numpy(), atol=2e-5)
+    np.testing.assert_allclose(ours["high_res_features_1"], middle.numpy(), atol=2e-5)
+
+
+LABELS = [
+    ("a box", [2, 3]),
+    ("a box and a point", [2, 3, 1]),
+    ("a box, points in and out", [2, 3, 1, 0, 1]),
+    ("a point", [1]),
+    ("points in and out", [1, 0]),
+    ("corners after the point", [1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("batch", "objects"), [(1, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize(("name", "labels"), LABELS, ids=[name for name, _ in LABELS])
+def test_decoder_is_that_of_sam2(exported: Exported, batch: int, objects: int, name: str, labels: list[int]) -> None:
+    side = exported.manifest.input_size_hw[0]
+    pixels = noise(7, batch, 3, side, side)
+    points_xy = np.random.default_rng(8).uniform(-3, side + 3, (batch, objects, len(labels), 2)).astype(np.float32)
+    marks = np.tile(np.array(labels, np.int64), (batch, objects, 1))
+    with torch.no_grad():
+        inputs = {"input_points": torch.from_numpy(points_xy), "input_labels": torch.from_numpy(marks)}
+        several = exported.model(pixel_values=torch.from_numpy(pixels), **inputs, multimask_output=True)
+        single = exported.model(pixel_values=torch.from_numpy(pixels), **inputs, multimask_output=False)
+    features = exported.graphs[0].run({"pixel_values": pixels})
+    filled_xy = np.concatenate([points_xy, np.zeros((batch, objects, 1, 2), np.float32)], axis=2)
+    filled = np.concatenate([marks, np.full((batch, objects, 1), NOTHING)], axis=2)
+    ours = exported.graphs[1].run({**features, "points_xy": filled_xy, "labels": filled})
+    tolerance = 1e-4 * float(several.pred_masks.std())
+    np.testing.assert_allclose(ours["mask_logits"][:, :, 1:], several.pred_masks.numpy(), atol=tolerance)
+    np.testing.assert_allclose(ours["iou_scores"][:, :, 1:], several.iou_scores.numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours["object_logits"], several.object_score_logits.numpy(), atol=1e-5)
+    for index in range(batch):  # the host's choice among the four is SAM 2's own when it wants a single mask
+        chosen, scores = choose_masks(ours["mask_logits"][index], ours["iou_scores"][index], multimask=False)
+        np.testing.assert_allclose(chosen, single.pred_masks[index, :, 0].numpy(), atol=tolerance)
+        np.testing.assert_allclose(scores, single.iou_scores[index, :, 0].numpy(), atol=1e-5)
+
+
+def test_a_box_as_points_is_a_box(exported: Exported) -> None:
+    """transformers takes boxes apart from points; both ways must be one."""
+    side = exported.manifest.input_size_hw[0]
+    pixels = torch.from_numpy(noise(3, 1, 3, side, side))
+    box = torch.tensor([[[4.0, 6.0, 40.0, 50.0], [1.0, 2.0, 3.0, 60.0]]])
+    with torch.no_grad():
+        theirs = exported.model(pixel_values=pixels, input_boxes=box, multimask_output=True)
+    features = exported.graphs[0].run({"pixel_values": pixels.numpy()})
+    points_xy = np.concatenate([box.numpy().reshape(1, 2, 2, 2), np.zeros((1, 2, 1, 2), np.float32)], axis=2)
+    labels = np.tile(np.array([2, 3, NOTHING], np.int64), (1, 2, 1))
+    ours = exported.graphs[1].run({**features, "points_xy": points_xy, "labels": labels})
+    np.testing.assert_allclose(ours["mask_logits"][:, :, 1:], theirs.pred_masks.numpy(), atol=1e-5)
+
+
+PICTURES = [(64, 64), (1, 1), (3, 500), (333, 5), (47, 61), (480, 641)]
+
+
+@pytest.mark.parametrize("size_hw", PICTURES, ids=str)
+def test_runtime_masks_are_those_of_torch(exported: Exported, size_hw: tuple[int, int]) -> None:
+    """Picture and prompts in source pixels in, masks in the source's size out: all of it against PyTorch."""
+    height, width = size_hw
+    image_rgb = picture(1, height, width)
+    rng = np.random.default_rng(2)
+    prompts = []
+    for count in (0, 2, 1, 0):  # different numbers of points, so that the runtime has to group and put back in order
+        left, top = rng.uniform(0, width * 0.6), rng.uniform(0, height * 0.6)
+        box = (left, top, left + 0.4 * width, top + 0.4 * height)
+        points = tuple((float(rng.uniform(0, width)), float(rng.uniform(0, height))) for _ in range(count))
+        prompts.append(Prompt(box_xyxy=box, points_xy=points))
+    ours = exported.decoder(exported.encoder(image_rgb), prompts)
+    assert ours.masks.shape == (4, height, width)
+    for index, prompt in enumerate(prompts):
+        logits, score = torch_answer(exported, image_rgb, prompt)
+        np.testing.assert_allclose(ours.logits[index], logits, atol=1e-4)
+        assert ours.scores[index] == pytest.approx(score, abs=1e-5)
+        np.testing.assert_array_equal(ours.masks[index], masks_from_logits(ours.logits[index][None], size_hw)[0])
+
+
+def torch_answer(exported: Exported, image_rgb: np.ndarray, prompt: Prompt) -> tuple[np.ndarray, float]:
+    """One prompt through `Sam2Model`: the best scored of the three masks."""
+    side = exported.manifest.input_size_hw[0]
+    scale_xy = np.array([side / image_rgb.shape[1], side / image_rgb.shape[0]])
+    resized = np.asarray(Image.fromarray(image_rgb).resize((side, side), Image.Resampling.BILINEAR), np.float32)
+    pixels = (resized / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    inputs: dict[str, Any] = {"pixel_values": torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()}
+    inputs["input_boxes"] = torch.tensor(np.reshape(prompt.box_xyxy, (2, 2)) * scale_xy).float().reshape(1, 1, 4)
+    if prompt.points_xy:
+        inputs["input_points"] = torch.tensor(np.array(prompt.points_xy) * scale_xy).float()[None, None]
+        inputs["input_labels"] = torch.ones(1, 1, len(prompt.points_xy), dtype=torch.int64)
+    with torch.no_grad():
+        output = exported.model(**inputs, multimask_output=True)
+    best = int(output.iou_scores[0, 0].argmax())
+    return output.pred_masks[0, 0, best].numpy(), float(output.iou_scores[0, 0, best])
+
+
+def test_no_prompts_give_no_masks(exported: Exported) -> None:
+    result = exported.decoder(exported.encoder(picture(1, 20, 30)), [])
+    assert result.masks.shape == (0, 20, 30)
+    assert result.scores.shape == result.object_logits.shape == (0,)
+
+
+def test_one_embedding_serves_many_prompts(exported: Exported) -> None:
+    """A prompt's mask does not depend on which prompts stand beside it."""
+    embedding = exported.encoder(picture(5, 40, 40))
+    prompts = [Prompt(box_xyxy=(i, i, i + 12, i + 9)) for i in range(6)]
+    together = exported.decoder(embedding, prompts)
+    for index, prompt in enumerate(prompts):
+        np.testing.assert_allclose(exported.decoder(embedding, [prompt]).logits[0], together.logits[index], atol=1e-5)
+
+
+NOT_PICTURES = [
+    ("grey", np.zeros((4, 4), np.uint8)),
+    ("RGBA", np.zeros((4, 4, 4), np.uint8)),
+    ("float", np.zeros((4, 4, 3), np.float32)),
+    ("no rows", np.zeros((0, 4, 3), np.uint8)),
+]
+
+
+@pytest.mark.parametrize(("name", "array"), NOT_PICTURES, ids=[name for name, _ in NOT_PICTURES])
+def test_what_is_no_picture_is_refused(exported: Exported, name: str, array: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="expected a picture"):
+        exported.encoder(array)
+
+
+def test_the_best_score_is_taken_and_the_single_mask_only_when_stable() -> None:
+    logits = np.zeros((2, 4, 2, 2), np.float32)
+    logits[:, :] = np.arange(1, 5, dtype=np.float32)[:, None, None]  # mask k is k + 1 everywhere
+    logits[1, 0] = 0.01  # inside the band around 0: unstable
+    scores = np.array([[0.9, 0.1, 0.3, 0.2], [0.9, 0.4, 0.3, 0.2]], np.float32)
+    several, several_scores = choose_masks(logits, scores, multimask=True)
+    assert several[:, 0, 0].tolist() == [3.0, 2.0]
+    np.testing.assert_allclose(several_scores, [0.3, 0.4])
+    single, single_scores = choose_masks(logits, scores, multimask=False)
+    assert single[:, 0, 0].tolist() == [1.0, 2.0]
+    np.testing.assert_allclose(single_scores, [0.9, 0.4])
+
+
+def test_graphs_load_in_the_oldest_runtime_that_is_supported(exported: Exported) -> None:
+    for path in exported.paths:
+        model = onnx.load(path)
+        assert model.ir_version == IR_VERSION <= 10
+        assert {entry.domain: entry.version for entry in model.opset_import} == {"": OPSET}, "plain operators only"
+
+
+def test_a_graph_of_another_size_is_refused(exported: Exported) -> None:
+    with pytest.raises(GraphError, match="mask_decoder"):
+        Graph.load(exported.paths[1], mask_decoder_spec(mask_size_hw=(32, 32)), backend="cpu")
+
+
+def test_the_gate_notices_a_wrong_weight(exported: Exported, tmp_path: Path) -> None:
+    damaged = onnx.load(exported.paths[1])
+    largest = max(damaged.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(largest).copy()
+    values *= 1.05
+    largest.raw_data = values.tobytes()
+    onnx.save(damaged, tmp_path / "damaged.onnx")
+    with pytest.raises(ExportError, match="no bundle was written"):
+        gate_segmenter(exported.model, exported.paths[0], tmp_path / "damaged.onnx", pictures=(), limits=EXACT)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"config\.json"):
+        export_segmenter(tmp_path, tmp_path / "out")
+    with pytest.raises(ExportError, match="float16 or float32"):
+        export_segmenter(tmp_path, tmp_path / "out", storage="int8")
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+def small_graph(weight: np.ndarray) -> onnx.ModelProto:
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node],
+        "small",
+        [value("x", onnx.TensorProto.FLOAT, [1, weight.shape[0]])],
+        [value("y", onnx.TensorProto.FLOAT, [1, weight.shape[1]])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+
+
+def test_fp16_storage_rounds_weights_and_nothing_else() -> None:
+    import onnxruntime
+
+    weight, x = noise(1, 40, 40), noise(2, 1, 40)
+    model = store_weights_fp16(small_graph(weight))
+    onnx.checker.check_model(model, full_check=True)
+    assert model.graph.initializer[0].data_type == onnx.TensorProto.FLOAT16
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = x @ weight.astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
+
+
+def test_fp16_storage_leaves_small_and_named_weights_alone() -> None:
+    for model in (
+        store_weights_fp16(small_graph(noise(1, 32, 32))),
+        store_weights_fp16(small_graph(noise(1, 40, 40)), keep=frozenset({"w"})),
+    ):
+        assert model.graph.initializer[0].data_type == onnx.TensorProto.FLOAT
+        assert len(model.graph.node) == 1
+
+
+@pytest.mark.parametrize("value", [70_000.0, -70_000.0, float("inf"), float("nan")])
+def test_fp16_storage_refuses_what_does_not_fit(value: float) -> None:
+    weight = noise(1, 40, 40)
+    weight[3, 3] = value
+    with pytest.raises(ExportError, match="fp16's range"):
+        store_weights_fp16(small_graph(weight))
+
+
+@pytest.mark.slow
+def test_the_published_tiny_size_exports_and_passes_its_gate(tmp_path: Path) -> None:
+    """SAM 2.1 Hiera-tiny at its true size (38.9 M parameters, 1024 x 1024), with random weights: none can be fetched."""
+    from transformers import Sam2Config, Sam2Model
+
+    torch.manual_seed(0)
+    Sam2Model(Sam2Config()).save_pretrained(tmp_path / "hf")
+    result = export_segmenter(tmp_path / "hf", tmp_path / "out", storage="float32")
+    assert result.manifest.input_size_hw == (1024, 1024)
+    assert result.manifest.mask_size_hw == (256, 256)
+    assert result.gate["max_logit_error"] < 1e-3
