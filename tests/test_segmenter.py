@@ -289,7 +289,7 @@ def test_fp16_storage_refuses_what_does_not_fit(value: float) -> None:
 
 @pytest.mark.slow
 def test_the_published_tiny_size_exports_and_passes_its_gate(tmp_path: Path) -> None:
-    """SAM 2.1 Hiera-tiny at its true size (38.9 M parameters, 1024 x 1024), with random weights: none can be fetched."""
+    """SAM 2.1 Hiera-tiny at its true size (38.9 M parameters, 1024 x 1024), with random weights."""
     from transformers import Sam2Config, Sam2Model
 
     torch.manual_seed(0)

@@ -78,8 +78,8 @@ def _askable(labels: np.ndarray) -> np.ndarray:
 
 
 def _pick(rng: np.random.Generator, labels: np.ndarray, numbers: np.ndarray) -> int:
-    """One of `numbers`, large ones more often: by the square root of their area."""
-    weights = np.sqrt(np.bincount(labels.ravel(), minlength=256)[numbers])
+    """One of `numbers`, large ones a little more often: by the fourth root of their area."""
+    weights = np.bincount(labels.ravel(), minlength=256)[numbers] ** 0.25
     return int(rng.choice(numbers, p=weights / weights.sum()))
 
 

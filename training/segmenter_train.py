@@ -100,8 +100,8 @@ class SegmenterPreset:
 
 def presets() -> dict[str, SegmenterPreset]:
     """Name -> preset."""
-    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.7)
-    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.3)
+    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.55)
+    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45)
     return {
         "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, scenes)),
         "smoke": SegmenterPreset(
@@ -209,8 +209,10 @@ def _batch(preset: SegmenterPreset, cache: PictureCache, step: int) -> _Batch:
 
 def _learning_rate(preset: SegmenterPreset, step: int) -> float:
     rate = preset.learning_rate * min(1.0, (step + 1) / preset.warmup_steps)
-    into_decay = (step - (preset.steps - preset.decay_steps)) / preset.decay_steps
-    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, into_decay)))) if into_decay > 0 else rate
+    into_decay = step - (preset.steps - preset.decay_steps)
+    if into_decay <= 0:
+        return rate
+    return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, into_decay / preset.decay_steps))))
 
 
 @dataclass(slots=True)

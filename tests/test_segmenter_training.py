@@ -1,0 +1,186 @@
+"""The segmenter's training: pictures, prompts, losses, and a run that can be killed. No quality is claimed here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[train]")
+pytest.importorskip("skimage", reason="scikit-image is not installed; it comes with segzero-rt[train]")
+
+from transformers import Sam2Model  # noqa: E402 - needs torch's absence to skip first
+
+from training.segmenter_data import fill_cache, scene_pictures, shape_pictures  # noqa: E402
+from training.segmenter_loss import mask_iou, segmenter_loss  # noqa: E402
+from training.segmenter_model import Predictions, SegmenterSize, build_segmenter, decode, encode  # noqa: E402
+from training.segmenter_prompts import PROMPT_KINDS, PromptKind, draw_targets, prompt_for  # noqa: E402
+from training.segmenter_train import Phase, PictureCache, presets, train_segmenter  # noqa: E402
+
+BOX = PromptKind(with_box=True, num_points=0)
+BOX_AND_POINTS = PromptKind(with_box=True, num_points=2)
+
+
+@pytest.mark.parametrize("source", [shape_pictures, scene_pictures], ids=["shapes", "scenes"])
+def test_a_seed_fixes_a_picture(source: object) -> None:
+    render = source(96)  # type: ignore[operator]
+    first, again, other = render(3), render(3), render(4)
+    for one, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(first[0], other[0])
+    image, instances, parts = first
+    assert image.shape == (96, 96, 3)
+    assert instances.shape == parts.shape == (96, 96)
+    assert image.dtype == instances.dtype == parts.dtype == np.uint8
+    assert instances.any()
+
+
+def test_parts_lie_on_things() -> None:
+    render = shape_pictures(96)
+    for seed in range(6):
+        _, instances, parts = render(seed)
+        assert not parts[instances == 0].any()
+
+
+def test_boxes_hold_most_of_their_mask_and_points_lie_on_it() -> None:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((64, 64), bool)
+    mask[20:44, 10:50] = True
+    for _ in range(200):
+        target = prompt_for(rng, mask, BOX_AND_POINTS)
+        (left, top), (right, bottom) = target.points_xy[:2]
+        assert target.labels.tolist() == [2, 3, 1, 1]
+        assert abs(left - 10) <= 7 and abs(right - 50) <= 7, "at most 15 % of the side and a pixel"
+        assert abs(top - 20) <= 5 and abs(bottom - 44) <= 5
+        for x, y in target.points_xy[2:].astype(int):
+            assert mask[y, x]
+
+
+@pytest.mark.parametrize("kind", [kind for _, kind in PROMPT_KINDS], ids=str)
+def test_targets_exist_for_any_picture(kind: PromptKind) -> None:
+    rng = np.random.default_rng(1)
+    empty = np.zeros((64, 64), np.uint8)
+    crumbs = empty.copy()
+    crumbs[5, 5] = 1
+    for instances in (empty, crumbs):
+        targets = draw_targets(rng, instances, empty, kind, 20)
+        assert len(targets) == 20
+        assert {target.points_xy.shape for target in targets} == {(2 * kind.with_box + kind.num_points, 2)}
+
+
+def test_a_prompt_asks_for_something() -> None:
+    with pytest.raises(ValueError, match="box, points or both"):
+        PromptKind(with_box=False, num_points=0)
+
+
+def test_training_sees_what_sam2_computes() -> None:
+    """`encode` and `decode` against `Sam2Model.forward`, the lean attention included."""
+    torch.manual_seed(0)
+    size = SegmenterSize(
+        side=64, stage_dims=(16, 32, 64, 96), stage_blocks=(1, 1, 2, 1), global_blocks=(3,), decoder_dim=32
+    )
+    ours = build_segmenter(size).eval()
+    theirs = Sam2Model(size.config()).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pixels, points = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 4, 2) * 64
+    labels = torch.tensor([2, 3, 1, 1]).expand(2, 3, 4)
+    with torch.no_grad():
+        one = decode(ours, encode(ours, pixels), points, labels)
+        other = theirs(pixel_values=pixels, input_points=points, input_labels=labels, multimask_output=True)
+    torch.testing.assert_close(one.mask_logits[:, :, 1:], other.pred_masks, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one.iou_scores[:, :, 1:], other.iou_scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one.object_logits, other.object_score_logits, atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_and_picture_share_one_table_of_positions() -> None:
+    """Two random tables, as transformers draws them, cannot be brought together by any training."""
+    model = build_segmenter(SegmenterSize(side=64))
+    prompts = model.prompt_encoder.shared_embedding.positional_embedding
+    assert torch.equal(prompts, model.shared_image_embedding.positional_embedding)
+
+
+def predictions_like(truth: torch.Tensor, sharpness: float) -> Predictions:
+    """Logits at half of the truth's size that agree with it (or disagree, when `sharpness` is below 0)."""
+    coarse = torch.nn.functional.avg_pool2d(truth, 2)
+    logits = ((coarse - 0.5) * sharpness).unsqueeze(2).repeat(1, 1, 4, 1, 1)
+    batch, prompts = truth.shape[:2]
+    scores = mask_iou(logits, coarse.unsqueeze(2).expand_as(logits))
+    return Predictions(mask_logits=logits, iou_scores=scores, object_logits=torch.full((batch, prompts, 1), 4.0))
+
+
+@pytest.mark.parametrize("is_clear", [True, False], ids=["box", "points"])
+def test_the_loss_prefers_the_right_mask(is_clear: bool) -> None:
+    truth = torch.zeros(1, 2, 32, 32)
+    truth[0, 0, 4:20, 8:24] = 1
+    truth[0, 1, 16:, :8] = 1
+    right = segmenter_loss(predictions_like(truth, 20.0), truth, is_clear=is_clear)
+    unsure = segmenter_loss(predictions_like(truth, 1.0), truth, is_clear=is_clear)
+    wrong = segmenter_loss(predictions_like(truth, -20.0), truth, is_clear=is_clear)
+    assert right.total < unsure.total < wrong.total
+    assert right.single_iou == right.chosen_iou == right.best_iou == 1.0
+    assert wrong.best_iou == 0.0
+
+
+def test_points_train_the_best_reading_only() -> None:
+    """A wrong reading costs nothing beside a right one when the prompt is ambiguous, but does when it is a box."""
+    truth = torch.zeros(1, 1, 32, 32)
+    truth[0, 0, 4:20, 8:24] = 1
+    good = predictions_like(truth, 20.0)
+    logits = good.mask_logits.clone()
+    logits[:, :, 2] *= -1
+    mixed = replace(good, mask_logits=logits, iou_scores=good.iou_scores * torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    by_points = [segmenter_loss(one, truth, is_clear=False).total for one in (good, mixed)]
+    by_box = [segmenter_loss(one, truth, is_clear=True).total for one in (good, mixed)]
+    torch.testing.assert_close(by_points[0], by_points[1])
+    assert by_box[1] > by_box[0] + 0.5
+
+
+def test_the_cache_is_filled_once_and_only_where_something_is_missing(tmp_path: Path) -> None:
+    render = shape_pictures(32)
+    fill_cache(tmp_path, render, shards=2, per_shard=2, seed=1)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(first) == ["shard-00000.npy", "shard-00001.npy"]
+    (tmp_path / "shard-00001.npy").unlink()
+    fill_cache(tmp_path, render, shards=2, per_shard=2, seed=1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_drawn_pictures_have_the_side_that_was_asked_for(tmp_path: Path) -> None:
+    sources = presets()["smoke"].sources
+    fill_cache(tmp_path / "shapes-64", shape_pictures(64), shards=1, per_shard=3, seed=1)
+    cache = PictureCache(tmp_path, sources, 64)
+    rng = np.random.default_rng(0)
+    for side in (32, 48, 64):
+        image, instances, parts = cache.draw(rng, side)
+        assert image.shape == (side, side, 3)
+        assert instances.shape == parts.shape == (side, side)
+
+
+def test_phases_end_at_the_models_side() -> None:
+    with pytest.raises(ValueError, match="last phase"):
+        replace(presets()["smoke"], phases=(Phase(until_step=3, side=32, pictures_per_step=2),))
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Three steps and then three more are the six steps of one go: same pictures, same weights."""
+    whole = presets()["smoke"]
+    train_segmenter(whole, tmp_path / "whole")
+    checkpoint = tmp_path / "halves" / "checkpoint.pt"
+    # The same run, stopped early: only its end is moved, so that the schedule up to there is the same.
+    half = replace(whole, phases=(replace(whole.phases[0]), replace(whole.phases[1], until_step=4)), decay_steps=0)
+    full = replace(whole, decay_steps=0)
+    train_segmenter(half, tmp_path / "halves")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 4
+    train_segmenter(full, tmp_path / "halves")
+    train_segmenter(full, tmp_path / "one_go")
+    halves = torch.load(checkpoint, weights_only=True)
+    one_go = torch.load(tmp_path / "one_go" / "checkpoint.pt", weights_only=True)
+    assert halves["step"] == one_go["step"] == 6
+    for name, tensor in one_go["model"].items():
+        torch.testing.assert_close(halves["model"][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
+    Sam2Model.from_pretrained(tmp_path / "whole" / "hf", local_files_only=True)
+    log = [json.loads(line) for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
+    assert [line["from_step"] for line in log if "from_step" in line] == [0, 4]
