@@ -15,6 +15,7 @@ from .draws import pick, shuffled
 from .knowledge import FUNCTION_WORDINGS, KNOWLEDGE, taught_uses
 from .object_kinds import KINDS
 from .phrases import Thing, article_name, be, count_word, helpful, made_to, material_word, where, with_the
+from .scenes import DEFAULT_SIZE_HW, allowed_looks
 
 NAME, ATTRIBUTE, RELATION, SEVERAL, NONE = "name", "attribute", "relation", "several", "none"
 FUNCTION, CONSEQUENCE, COMPOSITIONAL = "function", "consequence", "compositional"
@@ -92,7 +93,8 @@ class Asker:
         if question is not None:
             return question
         if style < 0.55:
-            thing, side = pick(self.rng, self.things), pick(self.rng, tuple(SIDES))
+            thing = pick(self.rng, self.things)
+            side = pick(self.rng, [side for side in SIDES if self.split == "ood_relation" or self._may_relate(thing.kind, side)])
             return _nothing(f"the {thing.kind} {side} the {kind}", kind, "anchor")
         if style < 0.65:
             return _nothing(f"all {KINDS[kind].plural}", kind, "plural")
@@ -132,7 +134,7 @@ class Asker:
     def _by_relation(self, relations: Sequence[str], kind: str, noun: str, query_kind: str) -> Question | None:
         """`noun` stands for the object in the question: its kind, or a function for compositional questions."""
         for relation in shuffled(self.rng, relations):
-            if (HELD_OUT_RELATION[kind] == relation) != (self.split == "ood_relation"):
+            if not self._may_relate(kind, relation):
                 continue
             if relation in SIDES:
                 question = self._beside(relation, kind, noun, query_kind)
@@ -161,12 +163,7 @@ class Asker:
 
     def _nearest(self, kind: str) -> Question | None:
         for anchor in self._anchors(kind):
-            ax, ay = self.things[anchor].centre_xy
-            gaps = sorted(
-                (float(np.hypot(thing.centre_xy[0] - ax, thing.centre_xy[1] - ay)), i)
-                for i, thing in enumerate(self.things)
-                if i != anchor
-            )
+            gaps = sorted((self._distance(anchor, i), i) for i in range(len(self.things)) if i != anchor)
             clear = len(gaps) == 1 or gaps[1][0] >= CLEAR_GAP_RATIO * gaps[0][0]
             if not clear or self.things[gaps[0][1]].kind != kind:
                 continue
@@ -238,7 +235,7 @@ class Asker:
         """A kind that lies there in a colour in which it does not; None where it has all colours it comes in."""
         kind = pick(self.rng, self.things).kind
         taken = {other.colour for other in self.things if other.kind == kind}
-        colours = sorted({colour for colour, _ in KINDS[kind].looks} - taken)
+        colours = sorted({colour for colour, _ in allowed_looks(kind, self.split)} - taken)
         if not colours:
             return None
         look = f"{pick(self.rng, colours)} {kind}"
@@ -285,6 +282,16 @@ class Asker:
 
     def _of_kind(self, kind: str) -> list[int]:
         return [i for i, thing in enumerate(self.things) if thing.kind == kind]
+
+    def _distance(self, one: int, other: int) -> float:
+        """Between centres, in source proportions whatever shape the coordinate system was squeezed to."""
+        (ax, ay), (bx, by) = self.things[one].centre_xy, self.things[other].centre_xy
+        across, down = (ax - bx) / self.size_hw[1], (ay - by) / self.size_hw[0]
+        return float(np.hypot(across * DEFAULT_SIZE_HW[1], down * DEFAULT_SIZE_HW[0]))
+
+    def _may_relate(self, kind: str, relation: str) -> bool:
+        """Each kind keeps one relation for the split `ood_relation`, which asks nothing else of it."""
+        return (HELD_OUT_RELATION[kind] == relation) == (self.split == "ood_relation")
 
     def _anchors(self, kind: str, *, in_order: bool = False) -> list[int]:
         """Objects that `the …` names beyond doubt, of another kind than `kind`; in random order."""
