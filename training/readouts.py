@@ -1,6 +1,7 @@
 """Auxiliary read-outs, trained beside the policy and thrown away: they say early what the answer's digits say late.
 
-* per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it;
+* per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it, and
+  in the decoder its own row and column;
 * a pointer from the question's last token, and from every token before an object's coordinates, to the object's cells;
 * the first attention head of that layer, made to look there itself, at those tokens and where the thinking describes an
   object (the only one that adds no weights: it trains the policy's own head);
@@ -25,10 +26,18 @@ TAPS = (CELL_LAYER, WATCHING_LAYER)
 
 
 class CellReadout(nn.Module):
-    """Kind, colour and box of the object at every visual token."""
+    """Kind, colour and box of the object at every visual token.
 
-    def __init__(self, width: int) -> None:
+    The vision tower knows places only relative to each other, so its box is told as a distance from the cell's centre. In
+    the decoder (`placed`) the box is absolute, and row and column are read out too: coordinates are written in the
+    picture's frame, and a token can only pass on a place that it knows.
+    """
+
+    def __init__(self, width: int, *, placed: bool) -> None:
         super().__init__()
+        self.placed = placed
+        if placed:
+            self.row, self.column = nn.Linear(width, GRID), nn.Linear(width, GRID)
         self.norm = nn.LayerNorm(width)
         self.kind = nn.Linear(width, len(KINDS) + 1)
         self.colour = nn.Linear(width, len(COLOURS) + 1)
@@ -40,11 +49,21 @@ class CellReadout(nn.Module):
     def forward(self, visual: Tensor, batch: Batch) -> dict[str, Tensor]:
         x = self.norm(visual.float())
         present = ~batch.cell_boxes[..., 0].isnan()
-        boxes = (self.box(x).float() + self.get_buffer("centres"))[present]
-        return {
+        boxes = self.box(x).float() + (0.5 if self.placed else self.get_buffer("centres"))
+        boxes = boxes[present]
+        return self._place_losses(x) | {
             "kind": F.cross_entropy(self.kind(x).float().flatten(0, 1), batch.cell_kinds.flatten()),
             "colour": F.cross_entropy(self.colour(x).float().flatten(0, 1), batch.cell_colours.flatten()),
             "box": 8 * F.smooth_l1_loss(boxes, batch.cell_boxes[present], beta=0.05),
+        }
+
+    def _place_losses(self, x: Tensor) -> dict[str, Tensor]:
+        if not self.placed:
+            return {}
+        cells = torch.arange(GRID * GRID).expand(len(x), -1).flatten()
+        return {
+            "row": F.cross_entropy(self.row(x).float().flatten(0, 1), cells // GRID),
+            "column": F.cross_entropy(self.column(x).float().flatten(0, 1), cells % GRID),
         }
 
 
@@ -100,7 +119,7 @@ def _paired_iou(a: Tensor, b: Tensor) -> Tensor:
 class Readouts(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.vision = CellReadout(width)
-        self.cells = CellReadout(width)
+        self.vision = CellReadout(width, placed=False)
+        self.cells = CellReadout(width, placed=True)
         self.pointer = PointerReadout(width)
         self.box = BoxReadout(width)
