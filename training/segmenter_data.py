@@ -43,13 +43,18 @@ def _cast_shadow(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray)
     return image * (1 - strength * shadow[..., None])
 
 
-def _thing(rng: np.random.Generator, side: int) -> tuple[list[np.ndarray], bool]:
-    """Masks of a thing's pieces (their union is the thing) and whether it is a body of several shapes."""
-    size = side * np.exp(rng.uniform(np.log(0.09), np.log(1.1)))
+def _thing(
+    rng: np.random.Generator, side: int, sizes: tuple[float, float], body_share: float
+) -> tuple[list[np.ndarray], bool]:
+    """Masks of a thing's pieces (their union is the thing) and whether it is a body of several shapes.
+
+    `sizes` bounds its length over the picture's side.
+    """
+    size = side * np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1])))
     centre_xy = rng.uniform(-0.02, 1.02, 2) * side
     if size > 0.6 * side:
         centre_xy = side / 2 + (centre_xy - side / 2) * 0.6
-    if rng.random() < 0.5:
+    if rng.random() < body_share:
         return body(rng, side, centre_xy, size), True
     whole = simple_shape(rng, side, centre_xy, size)
     return (cut_lines(rng, whole), False) if rng.random() < 0.5 else ([whole], False)
@@ -60,16 +65,23 @@ def _soften(rng: np.random.Generator, pieces: list[np.ndarray]) -> list[np.ndarr
     return pieces if sigma < 0.25 else [cv2.GaussianBlur(piece, (0, 0), sigma) for piece in pieces]
 
 
-def compose_picture(rng: np.random.Generator, bank: PhotoBank, side: int) -> Picture:
-    """One picture of 2 to 12 things, drawn back to front. See the file's head for the three arrays."""
+def compose_picture(rng: np.random.Generator, bank: PhotoBank, side: int, *, portrait: bool = False) -> Picture:
+    """One picture of 2 to 12 things, drawn back to front. See the file's head for the three arrays.
+
+    A portrait has one or two large bodies before everything else, as photos of animals, people and vehicles do.
+    """
     image = _background(rng, bank, side)
     instances = np.zeros((side, side), np.uint8)
     parts = np.zeros((side, side), np.uint8)
     next_part = 1
-    count = int(rng.integers(2, 13))
+    large = int(rng.integers(1, 3)) if portrait else 0
+    count = large + int(rng.integers(0, 6) if portrait else rng.integers(2, 13))
     backdrop = image.copy()
     for number in range(1, count + 1):
-        pieces, is_body = _thing(rng, side)
+        if number > count - large:
+            pieces, is_body = _thing(rng, side, (0.45, 1.15), 0.85)
+        else:
+            pieces, is_body = _thing(rng, side, (0.09, 0.4 if portrait else 1.1), 0.5)
         pieces = _soften(rng, pieces)
         whole = np.maximum.reduce(pieces)
         if (whole > 0.5).mean() < SMALLEST_VISIBLE_SHARE:
@@ -165,6 +177,12 @@ def shape_pictures(side: int) -> Callable[[int], Picture]:
     """A function from seed to picture: the form in which the cache takes a source of pictures."""
     bank = PhotoBank.from_scikit_image()
     return lambda seed: compose_picture(np.random.default_rng(seed), bank, side)
+
+
+def portrait_pictures(side: int) -> Callable[[int], Picture]:
+    """As `shape_pictures`, of large bodies."""
+    bank = PhotoBank.from_scikit_image()
+    return lambda seed: compose_picture(np.random.default_rng((2, seed)), bank, side, portrait=True)
 
 
 def scene_pictures(side: int) -> Callable[[int], Picture]:

@@ -54,14 +54,14 @@ def _superellipse(rng: np.random.Generator) -> np.ndarray:
     return np.stack([x * (1 + rng.uniform(-0.35, 0.35) * y), y], 1) * 0.9
 
 
-def _stroke(rng: np.random.Generator) -> np.ndarray:
+def _stroke(rng: np.random.Generator, thickest: float = 0.3) -> np.ndarray:
     """A curved band: tails, handles, cables, legs, letters."""
     steps = np.linspace(0, 1, 24)
     heading = rng.uniform(0, 2 * np.pi) + rng.normal(0, 1.2) * steps * 2 + rng.normal(0, 0.8) * np.sin(steps * 6)
     path = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], 1), 0)
     path = (path - path.mean(0)) / (np.abs(path - path.mean(0)).max() + 1e-6)
     normal = np.stack([-np.sin(heading), np.cos(heading)], 1)
-    width = rng.uniform(0.06, 0.3) * np.interp(steps, [0, 0.5, 1], rng.uniform(0.5, 1.3, 3))
+    width = rng.uniform(0.2 * thickest, thickest) * np.interp(steps, [0, 0.5, 1], rng.uniform(0.5, 1.3, 3))
     return np.concatenate([path + normal * width[:, None], (path - normal * width[:, None])[::-1]])
 
 
@@ -84,7 +84,12 @@ def body(rng: np.random.Generator, side: int, centre_xy: np.ndarray, size: float
 
     Later pieces lie on earlier ones; the thing is the union of all.
     """
-    trunk = simple_shape(rng, side, centre_xy, size * rng.uniform(0.55, 0.9))
+    if rng.random() < 0.35:  # curled up
+        canvas = np.zeros((side, side), np.uint8)
+        _fill(canvas, _place(rng, _stroke(rng, 0.6), centre_xy, size * 0.8))
+        trunk = canvas.astype(np.float32) / 255
+    else:
+        trunk = simple_shape(rng, side, centre_xy, size * rng.uniform(0.55, 0.9))
     pieces = [trunk]
     rim_rows, rim_columns = np.nonzero((trunk > 0.3) & (trunk < 0.99))
     if len(rim_rows) == 0:

@@ -26,7 +26,7 @@ from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 from transformers import Sam2Model
 
-from .segmenter_data import Picture, fill_cache, scene_pictures, shape_pictures
+from .segmenter_data import Picture, fill_cache, portrait_pictures, scene_pictures, shape_pictures
 from .segmenter_loss import readout_loss, segmenter_loss
 from .segmenter_model import SegmenterSize, build_segmenter, decode, encode, set_side
 from .segmenter_prompts import PromptKind, draw_kind, draw_targets
@@ -100,10 +100,11 @@ class SegmenterPreset:
 
 def presets() -> dict[str, SegmenterPreset]:
     """Name -> preset."""
-    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.55)
-    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45)
+    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.35)
+    portraits = PictureSource(name="portraits", render=portrait_pictures, shards=10, share=0.25)
+    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.4)
     return {
-        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, scenes)),
+        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, portraits, scenes)),
         "smoke": SegmenterPreset(
             name="smoke",
             size=SegmenterSize(
