@@ -94,7 +94,8 @@ class Asker:
             return question
         if style < 0.55:
             thing = pick(self.rng, self.things)
-            side = pick(self.rng, [side for side in SIDES if self.split == "ood_relation" or self._may_relate(thing.kind, side)])
+            sides = [side for side in SIDES if self.split == "ood_relation" or self._may_relate(thing.kind, side)]
+            side = pick(self.rng, sides)
             return _nothing(f"the {thing.kind} {side} the {kind}", kind, "anchor")
         if style < 0.65:
             return _nothing(f"all {KINDS[kind].plural}", kind, "plural")

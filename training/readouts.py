@@ -1,7 +1,7 @@
 """Auxiliary read-outs, trained beside the policy and thrown away: they say early what the answer's digits say late.
 
-* per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it, and
-  in the decoder its own row and column;
+* per cell, from the vision tower and from the middle of the decoder: kind, colour, box of the object that covers it,
+  and in the decoder its own row and column;
 * a pointer from the question's last token, and from every token before an object's coordinates, to the object's cells;
 * the first attention head of that layer, made to look there itself, at those tokens and where the thinking describes an
   object (the only one that adds no weights: it trains the policy's own head);
@@ -28,8 +28,8 @@ TAPS = (CELL_LAYER, WATCHING_LAYER)
 class CellReadout(nn.Module):
     """Kind, colour and box of the object at every visual token.
 
-    The vision tower knows places only relative to each other, so its box is told as a distance from the cell's centre. In
-    the decoder (`placed`) the box is absolute, and row and column are read out too: coordinates are written in the
+    The vision tower knows places only relative to each other, so its box is told as a distance from the cell's centre.
+    In the decoder (`placed`) the box is absolute, and row and column are read out too: coordinates are written in the
     picture's frame, and a token can only pass on a place that it knows.
     """
 
