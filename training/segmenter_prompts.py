@@ -100,9 +100,9 @@ def prompt_for(rng: np.random.Generator, mask: np.ndarray, kind: PromptKind) -> 
 
 
 def _jitter(rng: np.random.Generator, box: np.ndarray, side: int) -> np.ndarray:
-    """Half of the boxes nearly tight, half off by up to 15 % of their sides; inside the picture, never inverted."""
+    """Most boxes nearly tight, the others off by up to 15 % of their sides; inside the picture, never inverted."""
     width, height = box[2] - box[0], box[3] - box[1]
-    spread = 0.01 if rng.random() < 0.5 else 0.06
+    spread = 0.01 if rng.random() < 0.6 else 0.06
     limit = 0.15 * np.array([width, height, width, height])
     moved = box + np.clip(rng.normal(0, spread, 4) * [width, height, width, height], -limit, limit)
     moved += rng.uniform(-0.7, 0.7, 4)

@@ -44,6 +44,8 @@ class PictureSource:
     shards: int
     per_shard: int = 256
     share: float = 1.0
+    zoom_share: float = 0.4
+    """Probability of being zoomed into when drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +102,9 @@ class SegmenterPreset:
 
 def presets() -> dict[str, SegmenterPreset]:
     """Name -> preset."""
-    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.35)
+    shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.3)
     portraits = PictureSource(name="portraits", render=portrait_pictures, shards=10, share=0.25)
-    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.4)
+    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45, zoom_share=0.2)
     return {
         "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, portraits, scenes)),
         "smoke": SegmenterPreset(
@@ -127,7 +129,7 @@ class PictureCache:
     """Random pictures from the shards on disk, by the sources' shares. New shards are seen within a minute."""
 
     def __init__(self, folder: Path, sources: tuple[PictureSource, ...], side: int) -> None:
-        self._sources = [(folder / f"{source.name}-{side}", source.share) for source in sources]
+        self._sources = [(folder / f"{source.name}-{side}", source.share, source.zoom_share) for source in sources]
         self._shards: list[list[np.ndarray]] = []
         self._read_at = -math.inf
 
@@ -135,7 +137,7 @@ class PictureCache:
         if time.monotonic() - self._read_at > 60:
             self._shards = [
                 [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))]
-                for folder, _ in self._sources
+                for folder, _, _ in self._sources
             ]
             self._read_at = time.monotonic()
 
@@ -143,15 +145,16 @@ class PictureCache:
         """One picture at `side`, mirrored half of the time, sometimes zoomed into."""
         self._refresh()
         shares = np.array(
-            [share if shards else 0.0 for (_, share), shards in zip(self._sources, self._shards, strict=True)]
+            [share if shards else 0.0 for (_, share, _), shards in zip(self._sources, self._shards, strict=True)]
         )
-        shards = self._shards[rng.choice(len(shares), p=shares / shares.sum())]
+        source = rng.choice(len(shares), p=shares / shares.sum())
+        shards = self._shards[source]
         shard = shards[rng.integers(len(shards))]
         packed = np.array(shard[rng.integers(len(shard))])
         if rng.random() < 0.5:
             packed = packed[:, ::-1]
         image, labels = np.ascontiguousarray(packed[..., :3]), np.ascontiguousarray(packed[..., 3:])
-        if rng.random() < 0.5:
+        if rng.random() < self._sources[source][2]:
             image, labels = _zoom(rng, image, labels)
         if side != image.shape[0]:
             image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
@@ -340,6 +343,7 @@ def _loop(preset: SegmenterPreset, run: _Run, out_dir: Path) -> None:
 
 def _step(preset: SegmenterPreset, run: _Run, cache: PictureCache) -> tuple[float, float, float, float]:
     """One update; loss and the three IoUs of `SegmenterLoss`."""
+    torch.manual_seed(preset.seed * 1_000_003 + run.step)  # a run that goes on draws what the whole one would have
     batch = _batch(preset, cache, run.step)
     set_side(run.model, batch.pixels.shape[-1])
     for group in run.optimiser.param_groups:
