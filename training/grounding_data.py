@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,6 +70,10 @@ class Batch:
     """int64 [W, 3]: picture, token that should look at an object, first token of its question."""
     watch_to: Tensor
     """float32 [W, V]: distribution over the object's cells."""
+    number_at: Tensor
+    """int64 [N, 2]: picture, token before a digit of a coordinate."""
+    number_to: Tensor
+    """int64 [N]: the whole coordinate that the digit belongs to, in pixels."""
 
 
 @dataclass
@@ -88,6 +94,8 @@ class _Rows:
     box_to: list[tuple[float, float, float, float]] = field(default_factory=list)
     watch_at: list[tuple[int, int, int]] = field(default_factory=list)
     watch_to: list[NDArray[np.float32]] = field(default_factory=list)
+    number_at: list[tuple[int, int]] = field(default_factory=list)
+    number_to: list[int] = field(default_factory=list)
 
 
 class GroundingData:
@@ -99,6 +107,7 @@ class GroundingData:
         self.pad = control_id(tokenizer, "<|endoftext|>")
         self.object_starts = {control_id(tokenizer, phrase) for phrase in OBJECT_STARTS}
         self.think_close = control_id(tokenizer, "</think>")
+        self.digits = {control_id(tokenizer, digit): digit for digit in "0123456789"}
         self.articles = {tokenizer.token_to_id(f"Ġ{article}") for article in ("a", "an")}
         head = f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n"
         self.text_prefix = tokenizer.encode(head, add_special_tokens=False).ids
@@ -131,6 +140,7 @@ class GroundingData:
             pointer_at=torch.tensor(rows.pointer_at), pointer_to=torch.from_numpy(np.stack(rows.pointer_to)),
             box_at=torch.tensor(rows.box_at), box_to=torch.tensor(rows.box_to),
             watch_at=torch.tensor(rows.watch_at), watch_to=torch.from_numpy(np.stack(rows.watch_to)),
+            number_at=torch.tensor(rows.number_at), number_to=torch.tensor(rows.number_to),
         )  # fmt: skip
 
     def knowledge_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Layout]:
@@ -196,6 +206,19 @@ class GroundingData:
             if seen[-1] == 0:
                 rows.watch_at.append((number, offset + at, offset))
                 rows.watch_to.append(seen[:CELLS])
+
+        for first, value, length in self._coordinates(segment.token_ids, starts[0] if starts else None):
+            rows.number_at += [(number, offset + at) for at in range(first - 1, first - 1 + length)]
+            rows.number_to += [value] * length
+
+    def _coordinates(self, ids: list[int], start: int | None) -> Iterator[tuple[int, int, int]]:
+        """(first digit's position, value, number of digits) of every number from token `start` on."""
+        at = len(ids) if start is None else start
+        while at < len(ids):
+            length = sum(1 for _ in itertools.takewhile(self.digits.__contains__, ids[at:]))
+            if length:
+                yield at, int("".join(self.digits[token] for token in ids[at : at + length])), length
+            at += max(length, 1)
 
     def _described(self, segment: _Segment) -> list[tuple[int, int]]:
         """(token, object): the articles in the thinking after which an object of the answer is described."""

@@ -178,7 +178,7 @@ class Pretraining:
         layout = self.dense if self.step % 4 == 3 else self.usual
         batch = self.data.batch(rng, self._draw(rng, self.preset.batch), layout)
         visual = self.policy.look(batch.pixels)
-        hidden, (cells, pointing) = self.policy.read(batch.token_ids, visual, layout, TAPS)
+        hidden, (cells, pointing, writing) = self.policy.read(batch.token_ids, visual, layout, TAPS)
         image = slice(layout.image_start, layout.image_start + visual.shape[1])
         weight = self.preset.readout_weight
         losses = {"text": self._text_loss(hidden, batch.labels)}
@@ -189,11 +189,13 @@ class Pretraining:
         pointer, pointed = self.readouts.pointer(pointing, pointing[:, image], batch)
         box, iou = self.readouts.box(pointing, batch)
         watching = watching_loss(self.policy.watched(cells, WATCHING_LAYER, batch.watch_at, layout), batch)
+        number, counted = self.readouts.number(writing, batch)
         losses |= {"pointer": 0.5 * weight * pointer, "box": weight * box, "watching": 0.5 * weight * watching}
+        losses["number"] = 0.5 * weight * number
         if self.step % self.preset.knowledge_every == 0:
             ids, labels, text_layout = self.data.knowledge_batch(rng, 48)
             losses["knowledge"] = 0.3 * self._text_loss(self.policy.read(ids, None, text_layout)[0], labels)
-        return losses, {"pointed": pointed.item(), "box_iou": iou.item()}
+        return losses, {"pointed": pointed.item(), "box_iou": iou.item(), "counted": counted.item()}
 
     def _text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         learnt = labels != IGNORED

@@ -5,7 +5,8 @@
 * a pointer from the question's last token, and from every token before an object's coordinates, to the object's cells;
 * the first attention head of that layer, made to look there itself, at those tokens and where the thinking describes an
   object (the only one that adds no weights: it trains the policy's own head);
-* the object's box, right after that layer.
+* the object's box, right after that layer;
+* one layer later, at every token before a digit, the coordinate that is being written, in steps of ten pixels.
 
 Plain next-token training of so small a model does not ground at all within thousands of steps; with these it does.
 """
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from .grounding_data import Batch
 from .object_kinds import COLOURS, KINDS
-from .policy_model import GRID
+from .policy_model import GRID, INPUT_SIDE
 
-CELL_LAYER, WATCHING_LAYER = 2, 3
+CELL_LAYER, WATCHING_LAYER, NUMBER_LAYER = 2, 3, 4
 """Decoder layers (0-based): cells are read after the first; the second looks, pointer and box are read after it."""
-TAPS = (CELL_LAYER, WATCHING_LAYER)
+TAPS = (CELL_LAYER, WATCHING_LAYER, NUMBER_LAYER)
 
 
 class CellReadout(nn.Module):
@@ -104,6 +105,24 @@ class BoxReadout(nn.Module):
         return 8 * F.smooth_l1_loss(boxes, batch.box_to, beta=0.05), iou.mean()
 
 
+class NumberReadout(nn.Module):
+    """The coordinate whose digits are being written: without it, digits follow the words of the thinking alone."""
+
+    STEP_PX = 10
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.bins = nn.Linear(width, INPUT_SIDE // self.STEP_PX + 1)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the share of coordinates in the right step."""
+        rows, at = batch.number_at.T
+        scores = self.bins(self.norm(hidden[rows, at].float())).float()
+        wanted = batch.number_to // self.STEP_PX
+        return F.cross_entropy(scores, wanted), (scores.argmax(-1) == wanted).float().mean()
+
+
 def watching_loss(looked: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the watching head's attention [W, V] (log-probabilities) to the object's cells."""
     return -(batch.watch_to * looked).sum(-1).mean()
@@ -123,3 +142,4 @@ class Readouts(nn.Module):
         self.cells = CellReadout(width, placed=True)
         self.pointer = PointerReadout(width)
         self.box = BoxReadout(width)
+        self.number = NumberReadout(width)
