@@ -127,6 +127,12 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
                 metavar="N",
                 help="training pictures, at least 6 (default: 20000); a later run may ask for more",
             )
+            stage.add_argument(
+                "--start-from",
+                type=Path,
+                metavar="DIR",
+                help="published checkpoint to go on from, such as training/checkpoints/tabletop/policy",
+            )
 
 
 def _execute_train(arguments: argparse.Namespace) -> int:
@@ -149,14 +155,19 @@ def _train_segmenter(arguments: argparse.Namespace) -> None:
 def _train_policy(arguments: argparse.Namespace) -> None:
     from .policy_model import INPUT_SIDE
     from .pretrain import PRESETS, Pretraining
+    from .publish import READOUTS_NAME
     from .scene_cache import SceneCache, build_cache
 
     make_preset = _preset(PRESETS, arguments.preset)
     if arguments.scenes < 6:  # one in six is sparse, and early training draws those alone
         raise SegZeroError(f"expected --scenes of at least 6, got {arguments.scenes}")
+    if arguments.start_from is not None and not (arguments.start_from / READOUTS_NAME).is_file():
+        raise SegZeroError(
+            f"expected --start-from to be a published policy with {READOUTS_NAME}, got {arguments.start_from}"
+        )
     folder = arguments.out / "scenes"
     build_cache(folder, split="train", seed=0, count=arguments.scenes, input_side=INPUT_SIDE)
-    Pretraining(make_preset(), arguments.out, SceneCache(folder)).run()
+    Pretraining(make_preset(), arguments.out, SceneCache(folder), start_from=arguments.start_from).run()
 
 
 def _preset(presets: Mapping[str, Preset], name: str) -> Preset:

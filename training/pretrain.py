@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from .grounding_data import EVERYTHING, IGNORED, LONG, PLAIN, SHORT, GroundingData
 from .policy_model import PackedPolicy, tabletop_config
+from .publish import READOUTS_NAME
 from .readouts import TAPS, WATCHING_LAYER, Readouts, watching_loss
 from .scene_cache import SceneCache
 from .tokenizer import CONTROL_TOKENS, control_id, train_tokenizer
@@ -79,8 +81,10 @@ PRESETS = {"tabletop": tabletop, "debug": debug}
 class Pretraining:
     """One run in `folder`: `tokenizer.json`, `checkpoint.pt`, `metrics.jsonl`, and `hf/` for the exporter."""
 
-    def __init__(self, preset: PretrainPreset, folder: Path, cache: SceneCache) -> None:
-        self.preset, self.folder, self.cache = preset, folder, cache
+    def __init__(
+        self, preset: PretrainPreset, folder: Path, cache: SceneCache, *, start_from: Path | None = None
+    ) -> None:
+        self.preset, self.folder, self.cache, self.start_from = preset, folder, cache, start_from
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = self._tokenizer()
         torch.manual_seed(preset.seed)
@@ -100,6 +104,8 @@ class Pretraining:
 
     def _tokenizer(self) -> Tokenizer:
         path = self.folder / "tokenizer.json"
+        if self.start_from is not None and not path.exists():
+            shutil.copy(self.start_from / "tokenizer.json", path)
         return Tokenizer.from_file(str(path)) if path.exists() else train_tokenizer(self.cache, path)
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -217,12 +223,21 @@ class Pretraining:
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
+            if self.start_from is not None:
+                self._start_from_published(self.start_from)
             return
         state = torch.load(path, weights_only=True)
         self.policy.model.load_state_dict(state["policy"])
         self.readouts.load_state_dict(state["readouts"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def _start_from_published(self, folder: Path) -> None:
+        """Weights alone, from a folder of `publish.py`: a new schedule, with the vision tower's own phase behind it."""
+        published = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        self.policy.model.load_state_dict(published.state_dict())
+        self.readouts.load_state_dict(load_file(folder / READOUTS_NAME))
+        self.step = self.preset.num_vision_steps
 
 
 def save_policy(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
