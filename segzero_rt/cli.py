@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:  # a path that is too long or not allowed, a disk that is full: not this package's to mend
+        return _report(error, as_json=as_json)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -153,15 +155,20 @@ def _top_help() -> str:
     return "\n\n".join((usage, _DESCRIPTION, "commands:\n" + "\n".join(lines), _EPILOG))
 
 
-def _report(error: SegZeroError, *, as_json: bool) -> int:
+def _report(error: SegZeroError | OSError, *, as_json: bool) -> int:
     """One line on stderr. With `--json` it is a document, which stdout gets as well, so that it never stays empty."""
     message = " ".join(str(error).split())
     if as_json:
         line = json.dumps({"status": "error", "error": {"type": type(error).__name__, "message": message}})
-        print(line)
     else:
         line = "segzero: " + "".join(char if char.isprintable() else "?" for char in message)
     print(line, file=sys.stderr)
+    try:
+        if as_json:
+            print(line)
+        sys.stdout.flush()
+    except OSError:  # stdout is what failed; left as it is, the interpreter would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_BAD_INPUT
 
 

@@ -123,16 +123,19 @@ def read_dataset(folder: str | Path, *, limit: int | None = None) -> list[Sample
     if limit is not None and limit < 1:
         raise DatasetError(f"expected a limit of at least 1 sample, got {limit}")
     path = folder / ANNOTATIONS_NAME
-    if not path.is_file():
-        raise DatasetError(f"expected a dataset folder with {ANNOTATIONS_NAME} and {IMAGES_NAME}/, found no {path}")
     samples: list[Sample] = []
-    # Bytes, not text: a line that is not UTF-8 must name its number, and only \n ends a line of JSONL.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                samples.append(_read_line(folder, line, f"{path}:{number}"))
-            if limit is not None and len(samples) == limit:
-                break
+    try:
+        if not path.is_file():
+            raise DatasetError(f"expected a dataset folder with {ANNOTATIONS_NAME} and {IMAGES_NAME}/, found no {path}")
+        # Bytes, not text: a line that is not UTF-8 must name its number, and only \n ends a line of JSONL.
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    samples.append(_read_line(folder, line, f"{path}:{number}"))
+                if limit is not None and len(samples) == limit:
+                    break
+    except OSError as error:
+        raise DatasetError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from error
     if not samples:
         raise DatasetError(f"{path}: expected at least one question, the file has none")
     return samples

@@ -22,7 +22,7 @@ from segzero_rt.answer_parser import parse_answer
 from segzero_rt.bundle import Bundle
 from segzero_rt.errors import PromptError, QuestionError
 from segzero_rt.graph import Backend, default_threads, resolve_backend
-from segzero_rt.image import ImageLike, ImageRgb, as_image
+from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
 from segzero_rt.policy import Generation, Policy, View
 from segzero_rt.segmentation import Segmentation
 from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
@@ -241,7 +241,8 @@ def _check_prompts(prompts: Sequence[Prompt], image_rgb: ImageRgb) -> None:
         raise PromptError("expected at least one box, got none")
     for prompt in prompts:
         left, top, right, bottom = prompt.box_xyxy
-        if left >= width or top >= height or right <= 0 or bottom <= 0:
+        beyond = max(map(abs, prompt.box_xyxy)) > MAX_PIXELS  # no picture is that long, and float32 has an end
+        if beyond or left >= width or top >= height or right <= 0 or bottom <= 0:
             raise PromptError(f"expected a box inside the picture of {width}x{height}, got {prompt.box_xyxy}")
         for x, y in prompt.points_xy:
             if not (0 <= x < width and 0 <= y < height):

@@ -123,6 +123,13 @@ def test_the_version_is_the_packages(segzero: Any) -> None:
         (["run", ".", "b"], "folder"),
         (["run", "setup.py", "b"], "got text"),
         (["run", "/dev/zero", "b"], "plain file"),
+        (["run", f"{'n' * 300}.png", "b"], "too long"),
+        (["run", "docs/tabletop.png", "b", "--out", f"{'n' * 300}.png"], "too long"),
+        (["run", "docs/tabletop.png", "b", "--bundle", "n" * 300], "too long"),
+        (["segment", f"{'n' * 300}.png", "--box", "1,2,3,4", "--out", "setup.png"], "too long"),
+        (["eval", "n" * 300], "too long"),
+        (["eval", "tests", "--records", f"{'n' * 300}.jsonl"], "too long"),
+        (["bench", "--images", "n" * 300], "too long"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -203,6 +210,34 @@ def test_a_picture_is_written_whole_or_not_at_all(
     assert Image.open(picture).size == (80, 60)
 
 
+def test_a_picture_that_its_format_cannot_hold_is_refused(segzero: Any, tmp_path: Path, tiny_bundle_path: Path) -> None:
+    strip = tmp_path / "strip.png"
+    Image.fromarray(np.zeros((1, 66_000, 3), np.uint8)).save(strip)
+    for suffix in ("jpg", "webp"):
+        options = ("--box", "0,0,9,1", "--bundle", str(tiny_bundle_path), "--out", str(tmp_path / f"o.{suffix}"))
+        refused(segzero("segment", str(strip), *options), "66000x1")
+    assert [path.name for path in tmp_path.iterdir()] == ["strip.png"]
+
+
+def test_a_name_as_long_as_names_can_be_is_written(
+    segzero: Any, picture: str, tmp_path: Path, tiny_bundle_path: Path
+) -> None:
+    out = tmp_path / ("n" * 251 + ".png")
+    options = ("--box", "5,5,40,50", "--bundle", str(tiny_bundle_path))
+    assert segzero("segment", picture, *options, "--out", str(out)).status == 0
+    assert Image.open(out).size[0] >= 80
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: not Linux")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_full_disk_is_one_line(tiny_bundle_path: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "segzero_rt.cli", "doctor", str(tiny_bundle_path), *options]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, check=False)
+    assert result.returncode == 2
+    assert "No space left" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_segment_gives_a_mask_for_each_box(segzero: Any, picture: str, tmp_path: Path, tiny_bundle_path: Path) -> None:
     from segzero_rt.mask import decode_rle
 
@@ -230,6 +265,7 @@ def test_segment_gives_a_mask_for_each_box(segzero: Any, picture: str, tmp_path:
         ("--box", "5,5,40,50", "--point", "81,5"),
         ("--box", "5,5,40,50", "--point=-1,5"),
         ("--box", "1e300,1e300,1e301,1e301"),
+        ("--box=-1e308,-1e308,1e308,1e308",),
     ],
     ids=" ".join,
 )
@@ -256,6 +292,7 @@ def test_a_damaged_bundle_is_bad_input(
     assert output.status == 2
     assert output.document["runs"] is False and output.document["problems"]
     assert output.document["bundle"]["intact"] is False
+    assert json.loads(output.err)["error"]["message"] == output.document["problems"][0]
 
 
 def test_a_backend_that_is_not_there_is_an_error(segzero: Any, picture: str, tiny_bundle_path: Path) -> None:

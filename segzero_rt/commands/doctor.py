@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,8 @@ def execute(arguments: argparse.Namespace) -> int:
     else:
         _print_report(report)
     for problem in report["problems"]:
-        print(f"segzero: {problem}", file=sys.stderr)
+        line = json.dumps({"status": "error", "error": {"type": SegZeroError.__name__, "message": problem}})
+        print(line if arguments.json else f"segzero: {problem}", file=sys.stderr)
     return 0 if report["runs"] else 2
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # annotations only: `--help` must not import numpy
     from segzero_rt.segmentation import Segmentation
 
 _PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LARGEST_SIDE_PX = {"JPEG": 65_500, "WEBP": 16_383}  # asked beforehand: libjpeg writes its complaint to stderr itself
 
 
 def print_document(document: Mapping[str, Any]) -> None:
@@ -41,22 +42,40 @@ def check_output_path(out: str | None, source: str) -> None:
     path = Path(out)
     if path.suffix.lower() not in _PICTURE_FORMATS:
         raise ImageError(f"--out {out}: expected a name that ends in {', '.join(_PICTURE_FORMATS)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ImageError(f"--out {out}: expected a file in a folder that exists")
-    if path.exists() and Path(source).exists() and path.samefile(source):
-        raise ImageError(f"--out {out}: this is the picture itself; choose another name")
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise ImageError(f"--out {out}: expected a file in a folder that exists")
+        if path.exists() and os.path.exists(source) and path.samefile(source):  # noqa: PTH110 - False for any bad name
+            raise ImageError(f"--out {out}: this is the picture itself; choose another name")
+    except OSError as error:
+        raise ImageError(f"--out {out[:200]}: cannot be written: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise ImageError(f"--out {out}: its folder cannot be written to")
 
 
 def write_picture(out: str, image_rgb: ImageRgb) -> None:
-    """Writes a picture under a temporary name and renames it: readers see a whole picture or none."""
+    """Writes a picture under a temporary name and renames it: readers see a whole picture or none.
+
+    Raises:
+        ImageError: too large for the format, or the disk or the folder refuses.
+    """
     from PIL import Image
 
     path = Path(out)
+    chosen = _PICTURE_FORMATS[path.suffix.lower()]
+    height, width = image_rgb.shape[:2]
+    if max(height, width) > _LARGEST_SIDE_PX.get(chosen, max(height, width)):
+        raise ImageError(
+            f"--out {out}: {chosen} holds at most {_LARGEST_SIDE_PX[chosen]} pixels a side, got {width}x{height}; "
+            "write a .png"
+        )
     encoded = io.BytesIO()
-    Image.fromarray(image_rgb).save(encoded, _PICTURE_FORMATS[path.suffix.lower()])
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    Image.fromarray(image_rgb).save(encoded, chosen)
+    try:
+        # A fixed short prefix: the file's own name may be as long as a name can be.
+        handle, temporary = tempfile.mkstemp(prefix=".segzero-", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise ImageError(f"--out {out}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(encoded.getbuffer())

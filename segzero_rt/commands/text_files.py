@@ -25,8 +25,11 @@ def check_output_file(out: str | None, suffixes: Sequence[str]) -> None:
     path = Path(out)
     if path.suffix not in suffixes:
         raise OutputError(f"{out}: expected a name that ends in {' or '.join(suffixes)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise OutputError(f"{out}: expected a file in a folder that exists")
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise OutputError(f"{out}: expected a file in a folder that exists")
+    except OSError as error:
+        raise OutputError(f"{out[:200]}: cannot be written: {error.strerror}") from error
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{out}: its folder cannot be written to")
 
@@ -41,7 +44,7 @@ def write_text(out: str | Path, text: str) -> None:
     # A model may write half a surrogate pair; a report of that must not fail at its last step.
     data = text.encode("utf-8", errors="backslashreplace")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=".segzero-", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
     try:
