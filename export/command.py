@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from segzero_rt import __version__
 from segzero_rt.answer_format import FORMATS
-from segzero_rt.bundle import Bundle, write_bundle
+from segzero_rt.bundle import Bundle, check_target, write_bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.commands.output import print_document
 from segzero_rt.errors import ExportError
@@ -112,6 +112,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     preset = _preset(arguments)
+    check_target(arguments.out, overwrite=arguments.overwrite)
     base = Bundle.open(arguments.base) if arguments.base else None
     if (arguments.policy is None or arguments.segmenter is None) and base is None:
         raise ExportError("expected --policy and --segmenter, or --base with the part that is not given")

@@ -90,7 +90,7 @@ def write_bundle(
         BundleError: `target` exists and `overwrite` is false, or is no bundle, or the parts do not make a valid bundle.
     """
     target = Path(target).absolute()
-    _check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -109,11 +109,14 @@ def write_bundle(
 
 def _read_manifest_text(root: Path) -> str:
     path = root / MANIFEST_NAME
-    if not root.is_dir():
-        raise BundleError(f"{root}: expected a bundle's folder, got {'a file' if root.exists() else 'nothing there'}")
-    if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{root}: expected a bundle, but it has no {MANIFEST_NAME}; export one with `segzero export`")
     try:
+        if not root.is_dir():
+            found = "a file" if root.exists() else "nothing there"
+            raise BundleError(f"{root}: expected a bundle's folder, got {found}")
+        if path.is_symlink() or not path.is_file():
+            raise BundleError(
+                f"{root}: expected a bundle, but it has no {MANIFEST_NAME}; export one with `segzero export`"
+            )
         with path.open("rb") as stream:
             data = stream.read(MAX_MANIFEST_BYTES + 1)
         if len(data) > MAX_MANIFEST_BYTES:
@@ -122,7 +125,7 @@ def _read_manifest_text(root: Path) -> str:
     except UnicodeDecodeError as error:
         raise BundleError(f"{path}: expected UTF-8 text, got other bytes; fetch the bundle again") from error
     except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
+        raise BundleError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from error
 
 
 def _verify_file(root: Path, name: str, record: FileRecord, verify: Verify) -> None:
@@ -151,7 +154,15 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuses a place where `write_bundle` could not write, so that nobody waits for an export to learn it.
+
+    Raises:
+        BundleError: something is there that may not be replaced, or a file stands where a folder above it would.
+    """
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise BundleError(f"{target}: expected a folder above it, but {above} is a file; choose another path")
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:

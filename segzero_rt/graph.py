@@ -32,6 +32,8 @@ _PROVIDERS = {
 }
 _EXTRAS = {"cpu": "segzero-rt[cpu]", "cuda": "segzero-rt[gpu]", "tensorrt-ep": "segzero-rt[gpu] and TensorRT"}
 BACKENDS = ("auto", *_PROVIDERS)
+MAX_THREADS = 1024
+"""ONNX Runtime starts as many threads as it is told to, and a slip of the pen would stall the machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,14 +99,14 @@ class Graph:
         """Loads the ONNX file and checks its inputs and outputs against the spec.
 
         Args:
-            threads: threads of one run, at least 1; all cores of this process by default.
+            threads: threads of one run, 1 to `MAX_THREADS`; all cores of this process by default.
 
         Raises:
             BackendError: the backend is not there, or cannot start.
             GraphError: the file cannot be read as a graph, or has other inputs or outputs than the spec.
         """
-        if threads is not None and threads < 1:
-            raise BackendError(f"expected at least 1 thread, got {threads}")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise BackendError(f"expected 1 to {MAX_THREADS} threads, got {threads}")
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
         runtime = _onnxruntime()
         try:

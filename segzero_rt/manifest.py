@@ -18,11 +18,14 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from segzero_rt.errors import BundleError
+from segzero_rt.graph_spec import DECODER_FLAVOURS
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 RESAMPLERS = ("pillow_bilinear", "pillow_bicubic")
+POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl",), ("sam2",)
+"""Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
 
 T = TypeVar("T")
 
@@ -103,7 +106,9 @@ class PolicyManifest:
             *("num_heads", "num_kv_heads", "head_dim", "hidden_size", "rope_theta", "vocab_size", "max_length"),
             *("max_new_tokens", "input_size_hw", "image_std"),
         )
-        _require_resampler(self.resampler)
+        _require_known("policy.family", self.family, POLICY_FAMILIES)
+        _require_known("policy.flavour", self.flavour, DECODER_FLAVOURS)
+        _require_known("policy.resampler", self.resampler, RESAMPLERS)
         cell = self.patch_size * self.merge_size
         if any(side % cell for side in self.input_size_hw):
             raise BundleError(f"policy.input_size_hw: expected multiples of {cell}, got {self.input_size_hw}")
@@ -138,7 +143,8 @@ class SegmenterManifest:
 
     def __post_init__(self) -> None:
         _require_positive(self, "input_size_hw", "mask_size_hw", "image_std")
-        _require_resampler(self.resampler)
+        _require_known("segmenter.family", self.family, SEGMENTER_FAMILIES)
+        _require_known("segmenter.resampler", self.resampler, RESAMPLERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,6 +289,9 @@ def _require_positive(manifest: object, *names: str) -> None:
             raise BundleError(f"manifest.json: {name}: expected more than 0, got {value}")
 
 
-def _require_resampler(name: str) -> None:
-    if name not in RESAMPLERS:
-        raise BundleError(f"manifest.json: resampler: expected one of {', '.join(RESAMPLERS)}, got {name!r}")
+def _require_known(field_name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BundleError(
+            f"manifest.json: {field_name}: expected one of {', '.join(known)}, got {value[:40]!r}; "
+            "a newer segzero-rt may know it"
+        )

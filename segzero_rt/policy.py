@@ -98,6 +98,11 @@ class Policy:
         placeholders = [manifest.image_token_id] * (self.preprocessor.grid_hw[0] * self.preprocessor.grid_hw[1])
         self.prefix_tokens = [*self._before_picture, *placeholders, *chat.after_picture()]
         """Tokens of every view, up to where questions begin."""
+        if len(self.prefix_tokens) >= manifest.max_length:
+            raise BundleError(
+                f"expected a max_length beyond the {len(self.prefix_tokens)} tokens of the picture and what stands "
+                f"before it, got {manifest.max_length}; export it again"
+            )
 
     @classmethod
     def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> Policy:

@@ -73,14 +73,32 @@ def test_what_cannot_be_exported_writes_nothing(
 def test_a_failed_gate_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoints: tuple[Path, Path]
 ) -> None:
-    from export import gate, policy
+    from export import gate
 
-    monkeypatch.setattr(policy, "EXACT", gate.GateLimits(max_vision_error=-1.0))
+    for name in ("EXACT", "ROUNDED"):
+        monkeypatch.setattr(gate, name, gate.GateLimits(max_vision_error=-1.0))
     policy_folder, segmenter_folder = tiny_checkpoints
     options = ("--policy", str(policy_folder), "--segmenter", str(segmenter_folder), "--out", str(tmp_path / "out"))
     with pytest.raises(ExportError, match="vision_error"):
         command.execute(make_parser(command).parse_args(["tabletop", *options]))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [("taken", "expected a new path"), ("file/bundle", "is a file")],
+    ids=["something is there", "below a file"],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, tiny_checkpoints: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, out: str, expected: str
+) -> None:
+    monkeypatch.setattr(command, "_export_policy", lambda *_: pytest.fail("began to export"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("")
+    policy, segmenter = map(str, tiny_checkpoints)
+    arguments = ["tabletop", "--policy", policy, "--segmenter", segmenter, "--out", str(tmp_path / out)]
+    with pytest.raises(SegZeroError, match=expected):
+        command.execute(make_parser(command).parse_args(arguments))  # type: ignore[arg-type]
 
 
 def test_presets_are_whole_configurations() -> None:

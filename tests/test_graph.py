@@ -160,9 +160,10 @@ def test_an_unknown_backend_is_refused(name: str) -> None:
         resolve_backend(name)
 
 
-def test_threads_start_at_one(affine: Path) -> None:
-    with pytest.raises(BackendError, match="at least 1 thread"):
-        Graph.load(affine, SPEC, backend="cpu", threads=0)
+@pytest.mark.parametrize("threads", [-1, 0, 1025, 10**9])
+def test_an_impossible_number_of_threads_is_refused(affine: Path, threads: int) -> None:
+    with pytest.raises(BackendError, match="1 to 1024 threads"):
+        Graph.load(affine, SPEC, backend="cpu", threads=threads)
 
 
 def test_without_onnxruntime_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
