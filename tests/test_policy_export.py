@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,29 @@ def test_the_gate_says_which_figure_failed(
             pictures=[random_picture(0)],
             limits=GateLimits(max_vision_error=1e-12),
             max_new_tokens=3,
+        )
+
+
+def test_the_gate_sees_a_nan_in_a_later_picture(
+    checkpoints: Callable[[str], Path], exported: tuple[PolicyExport, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
+    features = policy.features
+    pictures = [random_picture(0), random_picture(1)]
+    monkeypatch.setattr(policy, "features", lambda image: features(image) * (np.nan if image is pictures[1] else 1))
+    with pytest.raises(ExportError, match="vision_error nan"):
+        gate_policy(checkpoints("grouped-heads"), policy, pictures=pictures, questions=["x"], max_new_tokens=2)
+
+
+def test_a_picture_that_fills_the_context_is_refused(exported: tuple[PolicyExport, Path]) -> None:
+    export, _ = exported
+    with pytest.raises(BundleError, match="max_length"):
+        Policy.from_files(
+            replace(export.manifest, max_length=10),
+            {name: export.files[f"policy/{name}.onnx"] for name in ("vision", "embedding", "decoder")},
+            export.files["policy/tokenizer.json"],
+            answer_format="vision_reasoner",
+            backend="cpu",
         )
 
 

@@ -287,6 +287,21 @@ def test_fp16_storage_refuses_what_does_not_fit(value: float) -> None:
         store_weights_fp16(small_graph(weight))
 
 
+def test_the_gate_sees_a_nan_behind_a_number(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = Graph.run, []
+
+    def spoiled(self: Graph, inputs: Any) -> Any:
+        outputs = run(self, inputs)
+        if "mask_logits" in outputs:
+            calls.append(1)
+            outputs["iou_scores"] = outputs["iou_scores"] * (np.nan if len(calls) == 3 else 1)
+        return outputs
+
+    monkeypatch.setattr(Graph, "run", spoiled)
+    with pytest.raises(ExportError, match="max_score_error nan"):
+        gate_segmenter(exported.model, *exported.paths, pictures=[], limits=EXACT)
+
+
 @pytest.mark.slow
 def test_the_published_tiny_size_exports_and_passes_its_gate(tmp_path: Path) -> None:
     """SAM 2.1 Hiera-tiny at its true size (38.9 M parameters, 1024 x 1024), with random weights."""
