@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,15 @@ class SegmenterPreset:
     """A whole training run. Presets are functions below; the command line only names one."""
 
     name: str
-    size: SegmenterSize = field(default_factory=SegmenterSize)
-    sources: tuple[PictureSource, ...] = ()
+    size: SegmenterSize
+    sources: tuple[PictureSource, ...]
     phases: tuple[Phase, ...] = (
-        Phase(until_step=6_000, side=128, pictures_per_step=6),
-        Phase(until_step=8_500, side=192, pictures_per_step=4),
-        Phase(until_step=10_000, side=256, pictures_per_step=4),
+        Phase(until_step=1_500, side=128, pictures_per_step=6),
+        Phase(until_step=3_500, side=192, pictures_per_step=4),
+        Phase(until_step=6_000, side=256, pictures_per_step=4),
+        Phase(until_step=8_000, side=320, pictures_per_step=3),
     )
-    decay_steps: int = 4_000
+    decay_steps: int = 3_000
     """The learning rate falls to a hundredth, along a cosine, over the last so many steps."""
     warmup_steps: int = 150
     box_only_steps: int = 1_000
@@ -106,7 +107,11 @@ def presets() -> dict[str, SegmenterPreset]:
     portraits = PictureSource(name="portraits", render=portrait_pictures, shards=10, share=0.25)
     scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45, zoom_share=0.2)
     return {
-        "tabletop": SegmenterPreset(name="tabletop", sources=(shapes, portraits, scenes)),
+        "tabletop": SegmenterPreset(
+            name="tabletop",
+            size=SegmenterSize(side=320, stage_windows=(8, 4, 10, 10)),
+            sources=(shapes, portraits, scenes),
+        ),
         "smoke": SegmenterPreset(
             name="smoke",
             size=SegmenterSize(
