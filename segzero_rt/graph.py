@@ -6,6 +6,7 @@ backend that is not there is an error and never falls back. ONNX Runtime is impo
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class Graph:
             session = runtime.InferenceSession(
                 str(path), _session_options(runtime, threads or default_threads()), providers=list(resolved.providers)
             )
-        except _load_errors(runtime) as error:
+        except _runtime_errors() as error:
             raise GraphError(f"expected a readable graph at {path}, ONNX Runtime says: {_first_line(error)}") from error
         if session.get_providers()[0] != resolved.providers[0]:
             raise BackendError(
@@ -127,12 +128,17 @@ class Graph:
         """One run with fresh outputs, by name.
 
         Raises:
-            GraphError: inputs do not fit the spec.
+            GraphError: inputs do not fit the spec, or the backend fails (out of memory, a damaged graph).
         """
         self.spec.check_shapes({name: array.shape for name, array in inputs.items()})
         for tensor in self.spec.inputs:
             _check_dtype(tensor, inputs[tensor.name])
-        outputs = self._session.run(self.spec.output_names, dict(inputs))
+        try:
+            outputs = self._session.run(self.spec.output_names, dict(inputs))
+        except _runtime_errors() as error:
+            raise GraphError(
+                f"expected graph {self.spec.label} to run, ONNX Runtime says: {_first_line(error)}"
+            ) from error
         return dict(zip(self.spec.output_names, outputs, strict=True))
 
     def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
@@ -162,15 +168,16 @@ class Graph:
                 _check_dtype(self.spec.tensor(name), buffer)
                 if not buffer.flags.c_contiguous:
                     raise GraphError(f"graph {self.spec.label}: expected a contiguous buffer for {name}")
-        return BoundGraph(self._session, inputs, outputs, on_host=self.backend.device == "cpu")
+        return BoundGraph(self._session, self.spec.label, inputs, outputs, on_host=self.backend.device == "cpu")
 
 
 class BoundGraph:
     """A graph with its buffers. `run()` reads the inputs' present contents and fills the outputs."""
 
     def __init__(
-        self, session: Any, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, on_host: bool
+        self, session: Any, label: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], *, on_host: bool
     ) -> None:
+        self._label = label
         self._run = session.run_with_iobinding
         self._binding = session.io_binding()
         self._buffers = (dict(inputs), dict(outputs))  # ONNX Runtime holds addresses only: keep the memory alive
@@ -190,7 +197,10 @@ class BoundGraph:
     def run(self) -> None:
         for name, array in self._host_inputs.items():
             self._binding.bind_cpu_input(name, array)
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except _runtime_errors() as error:
+            raise GraphError(f"expected graph {self._label} to run, ONNX Runtime says: {_first_line(error)}") from error
 
 
 def _onnxruntime() -> types.ModuleType:
@@ -218,9 +228,10 @@ def _session_options(runtime: Any, threads: int) -> Any:
     return options
 
 
-def _load_errors(runtime: Any) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a file that it cannot load; its exceptions have no common base of their own."""
-    state = runtime.capi.onnxruntime_pybind11_state
+@functools.cache
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a graph that it cannot load or run; its exceptions have no base of their own."""
+    state = _onnxruntime().capi.onnxruntime_pybind11_state
     names = (
         "Fail",
         "InvalidArgument",

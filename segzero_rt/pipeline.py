@@ -175,6 +175,7 @@ class SegZero:
 
         if self._thread is None:
             return functools.cache(encode)  # on the first call, and not at all when nothing is found
+        image_rgb = image_rgb.copy()  # a camera loop may write its next frame into the array while this one is encoded
         return self._thread.submit(encode).result
 
     def _parse(self, generation: Generation, answer_format: AnswerFormat, image_rgb: ImageRgb) -> Answer:
