@@ -1,7 +1,7 @@
 """Mask IoU of the segmenter with a box prompt: tabletop scenes; real masks, object by object, beside OpenCV's GrabCut.
 
     python -m benchmarks.segmenter_quality                     # the embedded bundle, as it ships
-    python -m benchmarks.segmenter_quality --bundle B --out benchmarks/results/segmenter_quality.json
+    python -m benchmarks.segmenter_quality --bundle B --scenes 200
     python -m benchmarks.segmenter_quality --checkpoint HF     # a transformers folder (needs torch)
 
 Real masks: every fifth frame of the DAVIS sequence and the six objects of the COCO photo in `../shared/assets/images`;
@@ -23,6 +23,8 @@ import numpy as np
 
 from segzero_rt.answer import Prompt
 from segzero_rt.mask import mask_iou, tight_boxes
+
+from .measuring import RESULTS, write_result
 
 ASSETS = Path(__file__).resolve().parents[1] / "../shared/assets/images"
 DAVIS = "davis_car-shadow"
@@ -192,24 +194,28 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
     return round(float(np.mean([row[key] for row in rows])), 4)
 
 
+def _print_table(document: dict[str, Any]) -> None:
+    """The real objects one by one, for people."""
+    for row in document.get("real", {}).get("objects", []):
+        other = "-" if row["grabcut_iou"] is None else f"{row['grabcut_iou']:.3f}"
+        print(f"{row['object']:26} {row['iou']:.3f}   GrabCut {other}")
+
+
 def main() -> None:
-    """Measures, prints the document and writes it where asked."""
+    """Measures, writes the result file, prints a table and the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--bundle", help="bundle folder; the embedded tabletop by default")
     source.add_argument("--checkpoint", type=Path, help="transformers folder of a Sam2Model")
     parser.add_argument("--scenes", type=int, default=100, help="tabletop scenes of the test split (default 100)")
     parser.add_argument("--no-grabcut", action="store_true", help="leave GrabCut out")
-    parser.add_argument("--out", type=Path, help="write the document here too")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     arguments = parser.parse_args()
     segment = checkpoint_segmenter(arguments.checkpoint) if arguments.checkpoint else bundle_segmenter(arguments.bundle)
     document = measure(segment, scenes=arguments.scenes, with_grabcut=not arguments.no_grabcut)
-    text = json.dumps(document, indent=2)
-    print(text)
-    if arguments.out:
-        temporary = arguments.out.with_suffix(".partial")
-        temporary.write_text(text + "\n")
-        temporary.replace(arguments.out)
+    path = write_result("segmenter_quality", document, arguments.out)
+    _print_table(document)
+    print(json.dumps({"written": path.name, **document}))
 
 
 if __name__ == "__main__":
