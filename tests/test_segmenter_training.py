@@ -185,3 +185,17 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     Sam2Model.from_pretrained(tmp_path / "whole" / "hf", local_files_only=True)
     log = [json.loads(line) for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
     assert [line["from_step"] for line in log if "from_step" in line] == [0, 4]
+
+
+def test_weights_alone_are_a_start(tmp_path: Path) -> None:
+    """A folder with `hf/` and no checkpoint: the run begins with those weights, at step 0."""
+    preset = presets()["smoke"]
+    train_segmenter(preset, tmp_path)
+    before = Sam2Model.from_pretrained(tmp_path / "hf", local_files_only=True).state_dict()
+    (tmp_path / "checkpoint.pt").unlink()
+    still = replace(preset, learning_rate=0.0)
+    train_segmenter(still, tmp_path)
+    after = Sam2Model.from_pretrained(tmp_path / "hf", local_files_only=True).state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, msg=name)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6

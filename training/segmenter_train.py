@@ -102,15 +102,21 @@ class SegmenterPreset:
 
 
 def presets() -> dict[str, SegmenterPreset]:
-    """Name -> preset."""
+    """Name -> preset. `tabletop-more` is for a folder that has `hf/` already: more of the last phase."""
+    size = SegmenterSize(side=320, stage_windows=(8, 4, 10, 10))
     shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.3)
     portraits = PictureSource(name="portraits", render=portrait_pictures, shards=10, share=0.25)
     scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45, zoom_share=0.2)
+    sources = (shapes, portraits, scenes)
     return {
-        "tabletop": SegmenterPreset(
-            name="tabletop",
-            size=SegmenterSize(side=320, stage_windows=(8, 4, 10, 10)),
-            sources=(shapes, portraits, scenes),
+        "tabletop": SegmenterPreset(name="tabletop", size=size, sources=sources),
+        "tabletop-more": SegmenterPreset(
+            name="tabletop-more",
+            size=size,
+            sources=sources,
+            phases=(Phase(until_step=6_000, side=size.side, pictures_per_step=3),),
+            decay_steps=4_000,
+            box_only_steps=0,
         ),
         "smoke": SegmenterPreset(
             name="smoke",
@@ -254,6 +260,11 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
 
+    def start_from(self, model: Sam2Model) -> None:
+        """Takes weights over, and nothing else of a run."""
+        self.model.load_state_dict(model.state_dict())
+        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
 
 def _start(preset: SegmenterPreset) -> _Run:
     torch.manual_seed(preset.seed)
@@ -301,7 +312,8 @@ def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool =
     Args:
         preset: see `presets()`.
         out_dir: the run's folder; pictures are rendered into `out_dir/cache` first, where they are missing.
-        resume: go on from `out_dir/checkpoint.pt` where there is one; False starts anew (the pictures stay).
+        resume: go on from `out_dir/checkpoint.pt` where there is one; else start at step 0 with the weights in
+            `out_dir/hf` where there are some (of any input side). False starts anew (the pictures stay).
     """
     torch.set_num_threads(preset.threads)
     out_dir = Path(out_dir)
@@ -314,6 +326,8 @@ def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool =
     checkpoint = out_dir / "checkpoint.pt"
     if resume and checkpoint.exists():
         run.load(checkpoint)
+    elif resume and (out_dir / "hf").exists():
+        run.start_from(Sam2Model.from_pretrained(out_dir / "hf", local_files_only=True))
     _loop(preset, run, out_dir)
     return out_dir / "hf"
 
