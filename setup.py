@@ -29,7 +29,8 @@ CPU = ["onnxruntime>=1.23"]
 TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.20"]
 # torch.onnx.export(dynamo=True) writes through onnxscript.
 EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
-TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0"]
+# scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.
+TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0", "scikit-image>=0.22"]
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 DEV = [
     "build>=1.2",
@@ -37,8 +38,6 @@ DEV = [
     "pytest>=8",
     "ruff>=0.6",
     "setuptools>=70.1",
-    # Real photographic texture for the segmenter's training pictures; installed, never committed.
-    "scikit-image>=0.22",
 ]
 
 setup(
