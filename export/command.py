@@ -170,8 +170,7 @@ def assemble(
     manifest = Manifest(
         name=name,
         created_by=f"segzero-rt {__version__}",
-        # How a policy answers belongs to the policy, whichever preset the other part is exported with.
-        answer_format=preset.answer_format if policy is not None else parts.answer_format,  # type: ignore[union-attr]
+        answer_format=preset.answer_format,
         policy=policy.manifest if policy is not None else parts.policy,  # type: ignore[union-attr]
         segmenter=segmenter.manifest if segmenter is not None else parts.segmenter,  # type: ignore[union-attr]
         tokenizer=policy.tokenizer if policy is not None else parts.tokenizer,  # type: ignore[union-attr]

@@ -64,6 +64,7 @@ writes: DIR/cache/         the rendered training pictures, made first
         DIR/hf/            the averaged weights as transformers and `segzero export` read them
 
 presets: tabletop  the shipped segmenter (hours on two CPU cores)
+         tabletop-more  goes on from the weights in OUT/hf, at the final picture size
          smoke     seconds: every code path, nothing learnt""",
         """examples:
   segzero train segmenter --out runs/segmenter
