@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from policy_checkpoints import policy_bundle
 
@@ -18,7 +16,7 @@ from segzero_rt.evaluation import evaluate, summarize
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = REPOSITORY / "training/checkpoints/tabletop"
 MAX_BUNDLE_BYTES = 25 << 20
-MIN_GIOU = 0.25
+MIN_GIOU = 0.5
 TEST_SEED = 99
 """No figure of the README was taken on this seed."""
 
@@ -52,7 +50,7 @@ def test_it_answers_the_picture_that_ships(pipeline: SegZero) -> None:
 
 
 def test_it_is_trained(pipeline: SegZero, tmp_path: Path) -> None:
-    """Far above what ignores the question or the picture (each at most 0.25 on this split)."""
+    """Far above what ignores the question or the picture (0.153 at most), below the 0.64 measured over these kinds."""
     samples = [
         sample for sample in _samples(tmp_path / "scenes", 50) if sample.kind in ("name", "attribute", "relation")
     ]
@@ -88,11 +86,3 @@ def test_two_hundred_questions_get_the_tokens_of_pytorch(tmp_path: Path) -> None
     gate = gate_policy(CHECKPOINTS / "policy", policy, pictures=pictures, questions=questions)
     assert gate["questions"] == 200
     assert gate["same_tokens"] == 1.0
-
-
-def test_a_question_about_nothing_in_the_picture_finds_nothing_or_little(pipeline: SegZero) -> None:
-    blank = np.full((90, 120, 3), 127, np.uint8)
-    result = pipeline(blank, "the red mug")
-    assert result.answer.status.value in ("ok", "none_found", "malformed", "truncated")
-    assert result.masks.shape[1:] == (90, 120)
-    assert all(math.isfinite(score) for score in result.scores)
