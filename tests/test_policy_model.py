@@ -101,6 +101,27 @@ def test_packed_questions_get_the_logits_of_each_alone(
 
 
 @torch.no_grad()
+def test_what_the_watching_head_looks_at_is_what_transformers_attends_to() -> None:
+    policy = small_policy()
+    policy.model.set_attn_implementation("eager")  # the fused attention does not tell its weights
+    layout = Layout(prefix_length=GRID * GRID + 6, image_start=3, groups=((2, 7), (1, 3)))
+    generator = torch.Generator().manual_seed(3)
+    ids = random_rows(layout, 2, generator)
+    pixels = torch.randint(0, 256, (2, INPUT_SIDE, INPUT_SIDE, 3), dtype=torch.uint8, generator=generator)
+    _, (entering,) = policy.read(ids, policy.look(pixels), layout, taps=(0,))
+    watchers = [(1, layout.starts[1] + 4, layout.starts[1]), (0, layout.starts[2] + 2, layout.starts[2])]
+    looked = policy.watched(entering, 1, torch.tensor(watchers), layout)
+    for (row, at, start), log_probabilities in zip(watchers, looked, strict=True):
+        alone = torch.cat([ids[row, : layout.prefix_length], ids[row, start : at + 1]])
+        processor = Qwen2VLImageProcessorPil(min_pixels=1, max_pixels=10**8)
+        inputs = dict(processor(images=[pixels[row].numpy()], return_tensors="pt", do_resize=False))
+        inputs["mm_token_type_ids"] = (alone == IMAGE).int()[None]
+        attentions = policy.model(input_ids=alone[None], output_attentions=True, **inputs).attentions
+        cells = slice(layout.image_start, layout.image_start + GRID * GRID)
+        torch.testing.assert_close(log_probabilities.exp(), attentions[1][0, 0, -1, cells], atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_text_without_a_picture() -> None:
     policy = small_policy()
     layout = Layout(prefix_length=0, image_start=0, groups=((2, 5),))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_cache import make_cache, make_tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -22,8 +23,10 @@ from training.grounding_data import EVERYTHING, IGNORED, LONG, PLAIN, SHORT, Bat
 from training.knowledge import KNOWLEDGE
 from training.policy_model import INPUT_SIDE, Layout
 from training.pretrain import Pretraining, debug
+from training.publish import publish
 from training.scene_cache import SceneCache
 from training.segmenter_train import presets as segmenter_presets
+from training.tokenizer import OBJECT_STARTS
 from training.visual_questions import ask_about_world
 
 SIZE = INPUT_SIDE
@@ -285,3 +288,49 @@ def test_help_says_what_is_written_where(
     text = capsys.readouterr().out
     assert all(word in text for word in words)
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_every_coordinate_and_every_described_object_is_supervised_where_it_stands(
+    data: GroundingData, cache: SceneCache
+) -> None:
+    layout = data.layout((4, SHORT), (1, LONG))
+    batch = data.batch(np.random.default_rng(3), np.arange(6), layout)
+    names = {number: token for token, number in data.tokenizer.get_vocab().items()}
+    labelled = {
+        (int(row), int(at)): int(value) for (row, at), value in zip(batch.number_at, batch.number_to, strict=True)
+    }
+    for row in range(6):
+        position = layout.prefix_length
+        while position < layout.length:
+            if (row, position) not in labelled:
+                position += 1
+                continue
+            value, first = labelled[(row, position)], position + 1
+            digits = ""
+            while labelled.get((row, position)) == value and names[int(batch.token_ids[row, position + 1])].isdigit():
+                digits += names[int(batch.token_ids[row, position + 1])]
+                position += 1
+            assert int(digits) == value, (row, first)
+    assert labelled and max(labelled.values()) <= SIZE
+    assert torch.allclose(batch.watch_to.sum(1), torch.ones(len(batch.watch_to)), atol=1e-5)
+    for row, at, start in batch.watch_at.tolist():
+        assert start in layout.starts and start <= at
+        assert names[int(batch.token_ids[row, at])] in ("Ġa", "Ġan", *OBJECT_STARTS)
+
+
+def test_a_published_policy_is_gone_on_from(
+    cache: SceneCache, data: GroundingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run", cache, monkeypatch)
+    run.save()
+    publish(tmp_path / "run", tmp_path / "published")
+    stored = load_file(tmp_path / "published/model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    next_run = Pretraining(debug(), tmp_path / "next", cache, start_from=tmp_path / "published")
+    assert next_run.step == debug().num_vision_steps
+    for (name, before), after in zip(
+        run.policy.model.state_dict().items(), next_run.policy.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(after, before.half().float(), msg=name)
+    for before, after in zip(run.readouts.parameters(), next_run.readouts.parameters(), strict=True):
+        torch.testing.assert_close(after, before.half().float())
