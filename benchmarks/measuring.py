@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segzero_rt.environment import available_cores, environment_card
+from segzero_rt.environment import environment_card
+from segzero_rt.graph import default_threads
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -71,7 +72,7 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS) ->
         **document,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{what}_{available_cores()}cores_{now:%Y%m%d}.json"
+    path = folder / f"{what}_{default_threads()}cores_{now:%Y%m%d}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -131,7 +131,7 @@ def checkpoint_segmenter(folder: Path) -> Segment:
     from transformers import Sam2Model
 
     from segzero_rt.mask import masks_from_logits
-    from segzero_rt.segmenter import resize
+    from segzero_rt.resampling import resize
 
     model = Sam2Model.from_pretrained(folder, local_files_only=True).eval()
     side = model.prompt_encoder.input_image_size

@@ -18,7 +18,8 @@ from segzero_rt.bundle import Bundle, check_target, write_bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.commands.output import print_document
 from segzero_rt.errors import ExportError
-from segzero_rt.manifest import RESAMPLERS, Manifest
+from segzero_rt.manifest import Manifest
+from segzero_rt.resampling import RESAMPLERS
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport

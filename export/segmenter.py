@@ -254,7 +254,7 @@ def _gate_pixels(
     rng: np.random.Generator, spec: GraphSpec, pictures: Sequence[NDArray[np.uint8]]
 ) -> list[NDArray[np.float32]]:
     """Two pictures of noise in one batch, then each gate picture alone."""
-    from segzero_rt.segmenter import resize
+    from segzero_rt.resampling import resize
 
     size_hw = spec.inputs[0].shape[-2:]
     batches = [rng.normal(0, 1, (2, 3, *size_hw)).astype(np.float32)]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segzero_rt.graph import default_threads
 from segzero_rt.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:  # a card of the machine alone opens no bundle
@@ -24,7 +25,7 @@ def environment_card(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
-        "cores": available_cores(),
+        "cores": default_threads(),
         "memory_bytes": _total_memory_bytes(),
         "load_average": _load_average(),
         "system": f"{platform.system()} {platform.release()}",
@@ -37,13 +38,6 @@ def bundle_card(bundle: Bundle) -> dict[str, str]:
     """Name of a bundle and the hash of its manifest, which holds the hash of every file in it."""
     manifest_bytes = (bundle.root / MANIFEST_NAME).read_bytes()
     return {"name": bundle.manifest.name, "sha256": hashlib.sha256(manifest_bytes).hexdigest()}
-
-
-def available_cores() -> int:
-    """Cores that this process may run on, which a container or `taskset` can make fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_memory_bytes() -> int:

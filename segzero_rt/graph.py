@@ -81,7 +81,7 @@ def resolve_backend(name: str = "auto") -> Backend:
 
 
 def default_threads() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may run on, which a container or `taskset` can make fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

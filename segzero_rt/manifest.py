@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 from segzero_rt.errors import BundleError
 from segzero_rt.graph_spec import DECODER_FLAVOURS
+from segzero_rt.resampling import RESAMPLERS
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
-RESAMPLERS = ("pillow_bilinear", "pillow_bicubic")
 POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl",), ("sam2",)
 """Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
 

@@ -1,8 +1,4 @@
-"""A picture to the policy's patches, as `Qwen2VLImageProcessor` of transformers does it, with Pillow and NumPy alone.
-
-The resampler is part of the model: a policy trained on Pillow's antialiased bilinear pictures sees something else in
-OpenCV's, by up to 98 of 255 levels when shrinking.
-"""
+"""A picture to the policy's patches, as `Qwen2VLImageProcessor` of transformers does it, with Pillow and NumPy."""
 
 from __future__ import annotations
 
@@ -12,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segzero_rt.errors import ImageError
-
-RESAMPLERS = ("pillow_bilinear", "pillow_bicubic")
+from segzero_rt.resampling import RESAMPLERS, resize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +55,7 @@ class Preprocessor:
             ImageError: not uint8 [H, W, 3], or empty.
         """
         check_image(image_rgb)
-        if image_rgb.shape[:2] == self.input_size_hw:
-            return image_rgb
-        from PIL import Image
-
-        filters = {"pillow_bilinear": Image.Resampling.BILINEAR, "pillow_bicubic": Image.Resampling.BICUBIC}
-        height, width = self.input_size_hw
-        resized = Image.fromarray(image_rgb).resize((width, height), filters[self.resampler])
-        return np.asarray(resized)
+        return resize(image_rgb, self.input_size_hw, self.resampler)
 
     def patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Normalised patches of one frame, float32 [patches, 3 * patch_size ** 2], the patches of a token consecutive.

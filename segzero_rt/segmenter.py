@@ -27,6 +27,7 @@ from segzero_rt.graph_spec_segmenter import (
 from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
 from segzero_rt.preprocess import check_image
+from segzero_rt.resampling import resize
 
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
 """SAM 2's `dynamic_multimask_stability_*`: how little a single mask may change between logits of -delta and +delta."""
@@ -99,16 +100,6 @@ class ImageEncoder:
         """
         features = self._graph.run({"pixel_values": self.pixel_values(image_rgb)})
         return ImageEmbedding(features=features, size_hw=(image_rgb.shape[0], image_rgb.shape[1]))
-
-
-def resize(image_rgb: NDArray[np.uint8], size_hw: tuple[int, int], resampler: str) -> NDArray[np.uint8]:
-    """The picture stretched to `size_hw` with Pillow's antialiased filter; the same array where it has that size."""
-    if image_rgb.shape[:2] == size_hw:
-        return image_rgb
-    from PIL import Image
-
-    filters = {"pillow_bilinear": Image.Resampling.BILINEAR, "pillow_bicubic": Image.Resampling.BICUBIC}
-    return np.asarray(Image.fromarray(image_rgb).resize((size_hw[1], size_hw[0]), filters[resampler]))
 
 
 class MaskDecoder:

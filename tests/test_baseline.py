@@ -18,7 +18,7 @@ from benchmarks.baseline import interleave
 from benchmarks.measuring import paired, write_result
 from benchmarks.process import check_answers, run_once
 from segzero_rt.commands.bench import Task, draw_picture
-from segzero_rt.environment import available_cores
+from segzero_rt.graph import default_threads
 from segzero_rt.mask import mask_iou
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def test_large_outputs_do_not_block() -> None:
 @pytest.mark.parametrize("cores", [1, 2])
 def test_children_are_pinned(cores: int) -> None:
     script = "import json, os; print(json.dumps(len(os.sched_getaffinity(0))))"
-    assert run_once([sys.executable, "-c", script], cores=cores).document == min(cores, available_cores())
+    assert run_once([sys.executable, "-c", script], cores=cores).document == min(cores, default_threads())
 
 
 def test_different_answers_are_not_timed() -> None:

@@ -17,8 +17,9 @@ from PIL import Image
 from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.commands import bench
 from segzero_rt.dataset import DatasetWriter
-from segzero_rt.environment import available_cores, environment_card, peak_memory_bytes
+from segzero_rt.environment import environment_card, peak_memory_bytes
 from segzero_rt.errors import DatasetError, ImageError
+from segzero_rt.graph import default_threads
 from segzero_rt.segmentation import Segmentation
 
 
@@ -115,7 +116,7 @@ def test_a_broken_picture_is_an_error_not_a_timing(tmp_path: Path) -> None:
 def test_environment_card_is_plain_json() -> None:
     card = environment_card()
     assert json.loads(json.dumps(card, allow_nan=False)) == card
-    assert card["cores"] == available_cores() >= 1
+    assert card["cores"] == default_threads() >= 1
     before = peak_memory_bytes()
     block = np.ones(64_000_000, np.uint8)
     assert peak_memory_bytes() >= before and block[-1] == 1
