@@ -34,7 +34,7 @@ SHORT, LONG, EVERYTHING, PLAIN = 80, 152, 310, 36
 """Token budgets of a question: one object or none, several, all objects of the picture, plain text answers."""
 
 SHORT_KINDS = (NAME, ATTRIBUTE, RELATION, NONE)
-SHORT_SHARES = (0.26, 0.26, 0.32, 0.16)
+SHORT_SHARES = (0.22, 0.23, 0.28, 0.27)
 
 SINGLE_FORMAT_SHARE = 0.15
 """Share of questions asked in Seg-Zero's single-object format."""
