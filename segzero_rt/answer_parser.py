@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from segzero_rt.answer import Answer, AnswerStatus
-from segzero_rt.answer_format import FORMATS, AnswerFormat
+from segzero_rt.answer_format import ANSWER_CLOSE, ANSWER_OPEN, FORMATS, AnswerFormat
 from segzero_rt.answer_geometry import to_prompt
 from segzero_rt.answer_objects import (
     RawObject,
@@ -39,7 +39,15 @@ from segzero_rt.answer_objects import (
     tolerant_objects,
     vision_reasoner_objects,
 )
-from segzero_rt.answer_tags import TAG, Tag, answer_openings, find_tags, thinking_text
+from segzero_rt.answer_tags import (
+    TAG,
+    Tag,
+    answer_openings,
+    find_tags,
+    seg_zero_span,
+    thinking_text,
+    vision_reasoner_span,
+)
 from segzero_rt.json_reader import Dialect, JsonFault, read_json
 from segzero_rt.json_tolerant import read_tolerant
 
@@ -154,36 +162,33 @@ def _is_echo(objects: list[RawObject], text: str, start: int) -> bool:
 
 
 def _vision_reasoner_answer(text: str) -> _Found | None:
-    """The first `<answer>` and the first `</answer>` after it, in small letters, read as Python reads JSON."""
-    start = text.find("<answer>")
-    close = text.find("</answer>", start) if start >= 0 else -1
-    if close < 0:
+    """What stands where the script looks, read as Python reads JSON."""
+    span = vision_reasoner_span(text)
+    if span is None:
         return None
-    reading = read_json(text[start + len("<answer>") : close].strip(), dialect=Dialect.PYTHON)
+    reading = read_json(text[slice(*span)].strip(), dialect=Dialect.PYTHON)
     objects = None if reading.fault else vision_reasoner_objects(reading.value)
+    start = span[0] - len(ANSWER_OPEN)
     return None if objects is None or _is_echo(objects, text, start) else (objects, start)
 
 
 def _seg_zero_answer(text: str) -> _Found | None:
-    """From the first `{` that holds something to the first `}` after it, wherever it stands, thinking included."""
-    start = text.find("{")
-    while start >= 0 and text.startswith("}", start + 1):
-        start = text.find("{", start + 1)
-    close = text.find("}", start) if start >= 0 else -1
-    if close < 0:
+    """What stands where the script looks, read as Python reads JSON."""
+    span = seg_zero_span(text)
+    if span is None:
         return _seg_zero_none(text)
-    reading = read_json(text, start=start, end=close + 1, dialect=Dialect.PYTHON)
+    reading = read_json(text, start=span[0], end=span[1], dialect=Dialect.PYTHON)
     objects = None if reading.fault else seg_zero_objects(reading.value)
-    answer_start = text.rfind("<answer>", 0, start)
-    begin = answer_start if answer_start >= 0 else start
+    answer_start = text.rfind(ANSWER_OPEN, 0, span[0])
+    begin = answer_start if answer_start >= 0 else span[0]
     return None if objects is None or _is_echo(objects, text, begin) else (objects, begin)
 
 
 def _seg_zero_none(text: str) -> _Found | None:
     """The script knows no empty answer and stops with an error; here `{}`, `null` and `[]` in the tags are one."""
-    start = text.rfind("<answer>")
-    close = text.find("</answer>", start) if start >= 0 else -1
-    content = text[start + len("<answer>") : close].strip() if close >= 0 else ""
+    start = text.rfind(ANSWER_OPEN)
+    close = text.find(ANSWER_CLOSE, start) if start >= 0 else -1
+    content = text[start + len(ANSWER_OPEN) : close].strip() if close >= 0 else ""
     return ([], start) if content in ("{}", "null", "[]") else None
 
 

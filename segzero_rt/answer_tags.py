@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from segzero_rt.answer_format import ANSWER_CLOSE, ANSWER_OPEN
+
 TAG = re.compile(r"< ?(/?) ?(think|answer) ?>", re.IGNORECASE | re.ASCII)
 """Any think or answer tag: where one follows, an answer ends."""
 
@@ -71,6 +73,29 @@ def thinking_text(text: str, tags: Sequence[Tag], answer_start: int) -> str:
     closing = next((tag.start for tag in reversed(inside) if tag.is_close and tag.start >= opening), answer_start)
     thinking = text[opening:closing].strip()
     return thinking or _thinking_behind(text, tags, answer_start)
+
+
+def vision_reasoner_span(text: str) -> tuple[int, int] | None:
+    """Returns where VisionReasoner's scripts look: between the first `<answer>` and the first `</answer>` after it.
+
+    In small letters only; None if either is missing.
+    """
+    opening = text.find(ANSWER_OPEN)
+    begin = opening + len(ANSWER_OPEN)
+    close = text.find(ANSWER_CLOSE, begin) if opening >= 0 else -1
+    return None if close < 0 else (begin, close)
+
+
+def seg_zero_span(text: str) -> tuple[int, int] | None:
+    """Returns where Seg-Zero's scripts look: from the first `{` that holds something to the first `}` after it.
+
+    Wherever that stands, thinking included; both braces belong to the span. None if there is none.
+    """
+    start = text.find("{")
+    while start >= 0 and text.startswith("}", start + 1):
+        start = text.find("{", start + 1)
+    close = text.find("}", start) if start >= 0 else -1
+    return None if close < 0 else (start, close + 1)
 
 
 def _thinking_behind(text: str, tags: Sequence[Tag], answer_start: int) -> str:
