@@ -30,7 +30,7 @@ TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.2
 # torch.onnx.export(dynamo=True) writes through onnxscript.
 EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
 # scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.
-TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0", "scikit-image>=0.22"]
+TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0", "scikit-image>=0.22", "scipy>=1.11"]
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 DEV = [
     "build>=1.2",
