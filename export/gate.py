@@ -18,6 +18,8 @@ from segzero_rt.errors import ExportError
 from segzero_rt.kv_cache import KVCache
 from segzero_rt.policy import Policy
 
+from .reference import TorchPolicy
+
 QUESTIONS = ("the red cup", "what would you use to cut paper?", "everything that is left of the largest object")
 
 
@@ -70,7 +72,7 @@ def gate_policy(
     """
     if not pictures or not questions:
         raise ExportError(f"expected pictures and questions for the gate, got {len(pictures)} and {len(questions)}")
-    reference = _Reference(hf_folder, policy)
+    reference = TorchPolicy(hf_folder, policy)
     vision_errors: list[float] = []
     places: list[_Places] = []
     equal = 0
@@ -115,52 +117,6 @@ class _Places:
     kl: NDArray[np.float64]
     agree: NDArray[np.bool_]
     max_abs: float
-
-
-class _Reference:
-    """The checkpoint in transformers, float32, fed with exactly the tokens and patches that the runtime makes."""
-
-    def __init__(self, hf_folder: Path, policy: Policy) -> None:
-        import torch
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
-        self._torch = torch
-        self._policy = policy
-        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_folder, dtype=torch.float32).eval()
-        rows, columns = (length * policy.manifest.merge_size for length in policy.preprocessor.grid_hw)
-        self._grid = torch.tensor([[1, rows, columns]])
-        self._patches: Any = None
-
-    def look(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Sets the picture; returns its features, [tokens, hidden]."""
-        manifest = self._policy.manifest
-        frame = self._policy.preprocessor.patches(image_rgb)
-        by_channel = frame.reshape(len(frame), 3, 1, -1)
-        frames = np.repeat(by_channel, manifest.temporal_patch_size, axis=2).reshape(len(frame), -1)
-        self._patches = self._torch.from_numpy(frames)
-        with self._torch.no_grad():
-            features: NDArray[np.float32] = self._model.model.visual(self._patches, self._grid).pooler_output.numpy()
-        return features
-
-    def ask(self, question: str, max_new_tokens: int) -> tuple[list[int], NDArray[np.float32]]:
-        """Greedy reply, with the token that ended it, and the logits that chose each of its tokens."""
-        policy = self._policy
-        ids = self._torch.tensor([[*policy.prefix_tokens, *policy.question_tokens(question)]])
-        with self._torch.no_grad():
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=self._torch.ones_like(ids),
-                pixel_values=self._patches,
-                image_grid_thw=self._grid,
-                mm_token_type_ids=(ids == policy.manifest.image_token_id).int(),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(policy.manifest.eos_token_ids),
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        reply = output.sequences[0, ids.shape[1] :].tolist()
-        return reply, np.concatenate([step.float().numpy() for step in output.logits])
 
 
 def _forced_logits(policy: Policy, cache: KVCache, question: str, reply: list[int]) -> NDArray[np.float32]:

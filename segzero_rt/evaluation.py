@@ -195,10 +195,35 @@ def _summarize_kind(records: Sequence[Record]) -> dict[str, Any]:
 
 def giou_interval(records: Sequence[Record], *, num_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of gIoU. Pictures are drawn, not questions: questions on one picture fail together."""
-    pictures = sorted({record.image for record in records})
+    return _interval([record.image for record in records], [record.iou for record in records], num_draws, seed)
+
+
+def giou_loss(
+    records: Sequence[Record], reference: Sequence[Record], *, num_draws: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """How much gIoU `records` lose against `reference`, with its 95 % interval from a paired bootstrap over pictures.
+
+    Raises:
+        ValueError: the two are not about the same questions in the same order, or there are none.
+    """
+    if not records or [_asked(one) for one in records] != [_asked(one) for one in reference]:
+        raise ValueError(
+            f"expected records of the same questions in the same order, got {len(records)} and {len(reference)}"
+        )
+    losses = [theirs.iou - ours.iou for ours, theirs in zip(records, reference, strict=True)]
+    return sum(losses) / len(losses), _interval([record.image for record in records], losses, num_draws, seed)
+
+
+def _asked(record: Record) -> tuple[str, str]:
+    return record.source, record.text
+
+
+def _interval(images: Sequence[str], values: Sequence[float], num_draws: int, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean of `values`, whole pictures drawn with replacement."""
+    pictures = sorted(set(images))
     index = {picture: position for position, picture in enumerate(pictures)}
-    where = np.array([index[record.image] for record in records])
-    sums = np.bincount(where, weights=[record.iou for record in records])
+    where = np.array([index[image] for image in images])
+    sums = np.bincount(where, weights=values)
     counts = np.bincount(where)
     rng = np.random.default_rng(seed)
     means = np.empty(num_draws)

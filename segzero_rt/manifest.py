@@ -24,6 +24,10 @@ from segzero_rt.resampling import RESAMPLERS
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
+QUALITY_GATE = "quality"
+"""Key in `gates` of what the weights' precision costs on labelled questions."""
+GATE_PASSED, GATE_NOT_RUN = "passed", "not_run"
+"""`status` of a gate's record; one that failed is never written."""
 POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl",), ("sam2",)
 """Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
 

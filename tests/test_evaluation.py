@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from segzero_rt.evaluation import (
     box_ious,
     evaluate,
     giou_interval,
+    giou_loss,
     mask_overlap,
     mean_box_iou,
     percentiles,
@@ -216,3 +218,50 @@ def test_evaluate_stops_at_a_bug_or_a_broken_picture(tmp_path: Path, stage: str)
     expected: Callable[..., Exception] = ZeroDivisionError if stage == "predict" else DatasetError
     with pytest.raises(expected):  # type: ignore[arg-type]
         list(evaluate([sample(SQUARE, path=str(path))], predict))
+
+
+def records_of(ious: list[float], pictures: list[str] | None = None) -> list[Record]:
+    """Records with these IoUs, each on its own picture unless told."""
+    names = pictures or [f"{index}.png" for index in range(len(ious))]
+    template = score_sample(sample(SQUARE), result(SQUARE), latency_ms=1)
+    return [
+        replace(template, iou=iou, image=name, source=f"a.jsonl:{index}")
+        for index, (iou, name) in enumerate(zip(ious, names, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "loss"),
+    [
+        ([1.0, 0.5, 0.0], [1.0, 0.5, 0.0], 0.0),
+        ([0.0, 0.0], [1.0, 1.0], 1.0),
+        ([1.0, 0.5], [0.5, 0.5], -0.25),
+        ([0.2, 0.9, 0.4], [0.3, 0.7, 0.4], -0.1 / 3),
+    ],
+    ids=["equal", "all lost", "gained", "mixed"],
+)
+def test_the_loss_is_paired(ours: list[float], theirs: list[float], loss: float) -> None:
+    found, (low, high) = giou_loss(records_of(ours), records_of(theirs))
+    assert found == pytest.approx(loss)
+    assert low <= found <= high
+
+
+def test_a_paired_interval_is_narrow_where_both_fail_together_and_wide_where_pictures_are_few() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(400).tolist()
+    found, (low, high) = giou_loss(records_of(hard), records_of([value + 0.01 for value in hard]))
+    assert (found, low, high) == (pytest.approx(0.01), pytest.approx(0.01), pytest.approx(0.01))
+    noisy = rng.random(400).tolist()
+    names = [f"{index // 100}.png" for index in range(400)]
+    shifted = [value + 0.1 * (index // 100) for index, value in enumerate(noisy)]
+    _, few = giou_loss(records_of(noisy, names), records_of(shifted, names))
+    _, many = giou_loss(records_of(noisy), records_of(shifted))
+    assert few[1] - few[0] > 4 * (many[1] - many[0])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [([], []), ([1.0], [1.0, 0.0]), ([1.0], [])], ids=["none", "more", "no reference"]
+)
+def test_a_loss_needs_the_same_questions(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError, match="same questions"):
+        giou_loss(records_of(ours), records_of(theirs))

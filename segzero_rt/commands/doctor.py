@@ -221,11 +221,25 @@ def _bundle_rows(bundle: dict[str, Any], trial: dict[str, Any] | None) -> list[t
     if bundle["intact"]:
         size = f"{bundle['num_files']} intact, {_mib(bundle['num_bytes'])}, checked in {bundle['check_ms']} ms"
         rows += [("  name", f"{bundle['name']}, by {bundle['created_by']}"), ("  files", size)]
-        rows += [(f"  gate {name}", printable(str(figures))[:160]) for name, figures in bundle["gates"].items()]
+        rows += [(f"  gate {name}", _gate_row(figures)) for name, figures in bundle["gates"].items()]
     if trial:
         times = f"loaded in {trial['load_ms']} ms, ran in {trial['run_ms']} ms"
         rows.append(("trial", f"backend {trial['backend']}, {times}, peak {_mib(trial['peak_memory_bytes'])}"))
     return rows
+
+
+def _gate_row(figures: object) -> str:
+    """A gate's figures on one line; what it had to reach stays in the manifest."""
+    if not isinstance(figures, dict):
+        return printable(str(figures))[:160]
+    shown = {name: value for name, value in figures.items() if not isinstance(value, (dict, str)) or name == "status"}
+    return printable(", ".join(f"{name} {_figure(value)}" for name, value in shown.items()))[:240]
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_figure, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _mib(count: int | None) -> str:
