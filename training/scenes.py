@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .canvas import SIDE, Canvas, Plane
 from .draws import pick
+from .mask_points import box_and_points
 from .object_kinds import COLOURS, KINDS, MATERIAL_SHINE, Look
 from .table_tops import draw_table_top
 
@@ -334,19 +335,7 @@ def _photograph(rng: np.random.Generator, picture: Plane, light: _Light) -> NDAr
 
 
 def _describe(planned: PlannedObject, layer: _Layer, mask: NDArray[np.bool_]) -> SceneObject:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-    crop = np.pad(mask[box[1] : box[3], box[0] : box[2]], 1).astype(np.uint8)
-    inner = cv2.distanceTransform(crop, cv2.DIST_L2, 3)[1:-1, 1:-1]
-    first = np.unravel_index(int(inner.argmax()), inner.shape)
-    ys, xs = np.nonzero(crop[1:-1, 1:-1])
-    away = np.hypot(ys - first[0], xs - first[1])
-    far = away >= np.median(away)
-    second = int(np.argmax(inner[ys[far], xs[far]]))
-    points = (
-        (int(first[1]) + box[0], int(first[0]) + box[1]),
-        (int(xs[far][second]) + box[0], int(ys[far][second]) + box[1]),
-    )
+    box, points = box_and_points(mask)
     return SceneObject(
         kind=planned.kind, colour=planned.colour, material=planned.material, box_xyxy=box, points_xy=points,
         area_px=int(mask.sum()), mask=mask,
