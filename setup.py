@@ -8,9 +8,11 @@ Python and import torch only when their commands run, so they travel in the one 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "segzero_rt/__init__.py").read_text(encoding="utf-8"), re.M)
@@ -40,6 +42,16 @@ DEV = [
     "setuptools>=70.1",
 ]
 
+
+class CleanBuildPy(build_py):
+    """Begins with an empty folder: what an earlier build left in `build/lib` would go into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "segzero_rt", ignore_errors=True)
+        super().run()
+
+
 setup(
     name="segzero-rt",
     version=VERSION.group(1),
@@ -49,6 +61,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
+    cmdclass={"build_py": CleanBuildPy},
     packages=["segzero_rt", "segzero_rt.commands", "segzero_rt.export", "segzero_rt.training"],
     package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
     package_data={"segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"]},

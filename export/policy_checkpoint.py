@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from segzero_rt.errors import ExportError
+from segzero_rt.manifest import POLICY_FAMILIES
 
-_FAMILIES = ("qwen2_5_vl",)
 _OLD_PREFIXES = (
     ("visual.", "model.visual."),
     ("model.layers.", "model.language_model.layers."),
@@ -100,9 +100,9 @@ class PolicyCheckpoint:
         self.folder = folder
         self.config = _read_json(folder / "config.json")
         self.family = str(self.config.get("model_type", ""))
-        if self.family not in _FAMILIES:
+        if self.family not in POLICY_FAMILIES:
             raise ExportError(
-                f"expected a checkpoint of family {', '.join(_FAMILIES)}, got {self.family!r} "
+                f"expected a checkpoint of family {', '.join(POLICY_FAMILIES)}, got {self.family!r} "
                 f"in {folder / 'config.json'}"
             )
         try:
@@ -195,20 +195,36 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        names = sorted({str(name) for name in _read_json(index)["weight_map"].values()})
+        paths = _shards(index)
     elif single.is_file():
-        names = [single.name]
+        paths = [single]
     else:
         raise ExportError(f"expected model.safetensors or its index in {folder}, got neither")
     found: dict[str, tuple[Path, str]] = {}
-    for name in names:
-        path = folder / name
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as weights:
                 found.update({_current_key(key): (path, key) for key in weights.keys()})  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError) as error:
             raise ExportError(f"expected a safetensors file at {path}, got: {error}") from error
     return found
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Each lies beside it: a checkpoint may come from anywhere."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ExportError(f"expected a weight_map of tensors and files in {index}, got {str(weight_map)[:40]}")
+    paths = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise ExportError(f"expected names of safetensors files beside {index} in it, got {name[:80]!r}")
+        if not (index.parent / name).is_file():
+            raise ExportError(
+                f"expected the file {name} that {index} names, got none; fetch the rest"
+            )
+        paths.append(index.parent / name)
+    return paths
 
 
 def _current_key(key: str) -> str:

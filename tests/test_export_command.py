@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,41 @@ def test_assembling_needs_both_parts() -> None:
 
 def _fields(preset: command.Preset) -> dict[str, Any]:
     return {name: getattr(preset, name) for name in preset.__slots__}
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ({"weight_map": {"a": "../policy/model.safetensors"}}, "beside"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "beside"),
+        ({"weight_map": {"a": "..\\\\model.safetensors"}}, "beside"),
+        ({"weight_map": {"a": ".."}}, "beside"),
+        ({"weight_map": {"a": "model.bin"}}, "beside"),
+        ({"weight_map": {"a": 7}}, "beside"),
+        ({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}, "model-2.safetensors"),
+        ({"weight_map": {}}, "weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "weight_map"),
+        ({}, "weight_map"),
+        ([], "JSON object"),
+    ],
+    ids=str,
+)
+def test_an_index_names_files_beside_it_alone(
+    tmp_path: Path, tiny_checkpoints: tuple[Path, Path], index: object, expected: str
+) -> None:
+    from export.policy_checkpoint import PolicyCheckpoint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoints[0], copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match=expected):
+        PolicyCheckpoint(copy)
+
+
+def test_a_whole_index_is_read(tmp_path: Path, tiny_checkpoints: tuple[Path, Path]) -> None:
+    from export.policy_checkpoint import PolicyCheckpoint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoints[0], copy)
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert PolicyCheckpoint(copy).has("model.visual.merger.mlp.2.bias")

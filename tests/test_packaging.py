@@ -14,6 +14,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
+STALE = "left_by_an_earlier_build.py"
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
@@ -27,6 +29,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source / name)
+    stale = source / "build/lib/segzero_rt" / STALE
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(target)]
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
     (built,) = target.glob("*.whl")
@@ -38,6 +43,10 @@ def test_the_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"segzero_rt"}
     assert len(tops) == 2
+
+
+def test_nothing_of_an_earlier_build_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    assert f"segzero_rt/{STALE}" not in wheel.namelist()
 
 
 def test_every_module_of_the_checkout_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
