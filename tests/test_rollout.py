@@ -265,6 +265,15 @@ def test_tokens_are_drawn_in_their_shares(
     torch.testing.assert_close(scores, told[range(count), drawn])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"temperature": 0.0}], ids=["all", "top_p", "greedy"])
+def test_what_must_never_be_drawn_leaves_its_share_to_the_others(options: dict[str, Any]) -> None:
+    logits = SPREAD.log().expand(100, -1)
+    uniform = torch.arange(100) / 100
+    drawn, scores = draw_tokens(logits, Sampling(max_new_tokens=1, never=(0,), **options), uniform)
+    assert drawn.min() == 1
+    torch.testing.assert_close(scores, logits[range(100), drawn])
+
+
 def test_no_token_without_probability_is_drawn() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")], [0.0, float("-inf"), float("-inf")]])
     for uniform in (0.0, 0.5, 1.0 - 2**-24):

@@ -36,6 +36,8 @@ class Sampling:
     """Logits are divided by it; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Draws from the fewest tokens that hold this share of the probability."""
+    never: tuple[int, ...] = ()
+    """Tokens that are not drawn, such as the picture's placeholder."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,26 +107,27 @@ def draw_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Te
     Returns:
         int64 [R] and the log-probabilities float32 [R], see `Replies.logprobs`.
     """
-    scores = torch.log_softmax(logits / (sampling.temperature or 1.0), -1)
+    temperature = sampling.temperature or 1.0
+    scores = weights = torch.log_softmax(logits / temperature, -1)
+    if sampling.never:
+        allowed = logits.index_fill(1, torch.tensor(sampling.never, device=logits.device), float("-inf"))
+        weights = torch.log_softmax(allowed / temperature, -1)
     if sampling.temperature == 0.0:
-        drawn = logits.argmax(-1, keepdim=True)
-        return drawn[:, 0], scores.gather(1, drawn)[:, 0]
-    if sampling.top_p == 1.0:
-        return _inverse(scores, scores, uniform)
-    ordered, order = scores.sort(-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # the likeliest token has nothing before it and always stays
-    kept = ordered.masked_fill(before >= sampling.top_p, float("-inf"))
-    place, chosen = _inverse(kept, ordered, uniform)
-    return order.gather(1, place[:, None])[:, 0], chosen
+        drawn = weights.argmax(-1, keepdim=True)
+    elif sampling.top_p == 1.0:
+        drawn = _inverse(weights, uniform)
+    else:
+        ordered, order = weights.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # nothing stands before the likeliest token: it always stays
+        drawn = order.gather(1, _inverse(ordered.masked_fill(before >= sampling.top_p, float("-inf")), uniform))
+    return drawn[:, 0], scores.gather(1, drawn)[:, 0]
 
 
-def _inverse(weights: Tensor, scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws from exp(weights), which need not sum to 1; returns places and their `scores`."""
-    shares = weights.double().exp()
-    reached = shares.cumsum(-1)
+def _inverse(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draws from exp(weights), which need not sum to 1: places, int64 [R, 1]."""
+    reached = weights.double().exp().cumsum(-1)
     # The first place whose sum passes the draw has a share above 0: the sum is flat before any other.
-    place = torch.searchsorted(reached, uniform.double()[:, None] * reached[:, -1:], right=True)
-    return place[:, 0], scores.gather(1, place)[:, 0]
+    return torch.searchsorted(reached, uniform.double()[:, None] * reached[:, -1:], right=True)
 
 
 class _Batch:
