@@ -30,6 +30,9 @@ from .readouts import TAPS, WATCHING_LAYER, Readouts, watching_loss
 from .scene_cache import SceneCache
 from .tokenizer import CONTROL_TOKENS, control_id, train_tokenizer
 
+LOG_EVERY = 10
+"""Steps behind one line of `metrics.jsonl`; each figure is their mean."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainPreset:
@@ -127,10 +130,13 @@ class Pretraining:
             progress = tqdm(
                 range(self.step, preset.num_steps), initial=self.step, total=preset.num_steps, mininterval=5
             )
+            recent: list[dict[str, float]] = []
             for _ in progress:
-                metrics = self._train_step()
+                recent.append(self._train_step())
                 self.step += 1
-                if self.step % 10 == 0 or self.step == preset.num_steps:
+                if self.step % LOG_EVERY == 0 or self.step == preset.num_steps:
+                    metrics = _means(recent)
+                    recent.clear()
                     log.write(json.dumps({"step": self.step, **metrics}) + "\n")
                     log.flush()
                     shown = ("text", "pointed", "box_iou", "vision_kind")
@@ -242,6 +248,13 @@ class Pretraining:
         self.policy.model.load_state_dict(published.state_dict())
         self.readouts.load_state_dict(load_file(folder / READOUTS_NAME))
         self.step = self.preset.num_vision_steps
+
+
+def _means(recent: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the steps that have it: question layouts and the text-only batch take turns."""
+    names = dict.fromkeys(name for metrics in recent for name in metrics)
+    values = {name: [metrics[name] for metrics in recent if name in metrics] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def save_policy(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
