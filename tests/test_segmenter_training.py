@@ -71,6 +71,56 @@ def test_targets_exist_for_any_picture(kind: PromptKind) -> None:
         assert {target.points_xy.shape for target in targets} == {(2 * kind.with_box + kind.num_points, 2)}
 
 
+def test_no_thing_is_asked_for_twice_before_all_were_once() -> None:
+    instances = np.zeros((64, 64), np.uint8)
+    for number in range(1, 5):
+        instances[8 * number : 8 * number + 6, 10:50] = number
+    for seed in range(20):
+        targets = draw_targets(np.random.default_rng(seed), instances, np.zeros_like(instances), BOX, 8)
+        asked = [int(instances[target.mask][0]) for target in targets if target.mask.any()]
+        for start in range(0, len(asked), 4):
+            one_round = asked[start : start + 4]
+            assert len(set(one_round)) == len(one_round)
+
+
+def test_what_fills_little_of_its_box_comes_early() -> None:
+    """A thin diagonal beside a filled square of the same box: with one prompt a picture it is asked for more often."""
+    instances = np.zeros((64, 64), np.uint8)
+    instances[2:30, 2:30] = 1
+    for offset in range(28):
+        instances[34 + offset, 34 + offset : 37 + offset] = 2
+    rng = np.random.default_rng(0)
+    drawn = [draw_targets(rng, instances, np.zeros_like(instances), BOX, 1)[0].mask for _ in range(200)]
+    thin = sum(bool(mask[34:].any()) for mask in drawn if mask.any())
+    assert thin > 120
+
+
+@pytest.mark.parametrize("zoom_share", [0.0, 1.0], ids=["whole", "zoomed"])
+@pytest.mark.parametrize("side", [48, 64, 96], ids=["reduced", "as rendered", "enlarged"])
+def test_labels_stay_on_their_pixels(tmp_path: Path, side: int, zoom_share: float) -> None:
+    """A picture that shows its own labels: after zoom and resizing both still have the same centre of mass."""
+    source = replace(presets()["smoke"].sources[0], zoom_share=zoom_share)
+    packed = np.zeros((1, 64, 64, 5), np.uint8)
+    packed[0, 20:44, 12:48, :3] = 255
+    packed[0, 20:44, 12:48, 3] = 1
+    (tmp_path / "shapes-64").mkdir()
+    np.save(tmp_path / "shapes-64" / "shard-00000.npy", packed)
+    cache = PictureCache(tmp_path, (source,), 64)
+    rng = np.random.default_rng(0)
+    moved = []
+    for _ in range(200):
+        image, instances, _ = cache.draw(rng, side)
+        if instances.any():
+            moved.append(centre_of(instances) - centre_of(image[..., 0]))
+    assert np.abs(np.mean(moved, 0)).max() < 0.15, "INTER_NEAREST moves by half a pixel"
+
+
+def centre_of(values: np.ndarray) -> np.ndarray:
+    """Centre of mass, (x, y) in pixels."""
+    shares = values / values.sum(dtype=np.float64)
+    return np.array([shares.sum(0) @ np.arange(values.shape[1]), shares.sum(1) @ np.arange(values.shape[0])])
+
+
 def test_a_prompt_asks_for_something() -> None:
     with pytest.raises(ValueError, match="box, points or both"):
         PromptKind(with_box=False, num_points=0)

@@ -51,8 +51,8 @@ def draw_targets(
     rng: np.random.Generator, instances: np.ndarray, parts: np.ndarray, kind: PromptKind, count: int
 ) -> list[Target]:
     """`count` prompts on one picture: mostly whole things, some parts, a few on nothing."""
-    numbers = _askable(instances)
-    pieces = _askable(parts)
+    things = _Queue(rng, instances)
+    pieces = _Queue(rng, parts)
     targets = []
     for _ in range(count):
         choice = rng.random()
@@ -61,26 +61,46 @@ def draw_targets(
             if nothing is not None:
                 targets.append(nothing)
                 continue
-        if len(numbers) == 0:
+        if not things:
             mask = np.ones_like(instances, bool)  # an empty picture: the whole of it
-        elif choice < 0.14 and len(pieces):
-            mask = parts == _pick(rng, parts, pieces)
+        elif choice < 0.14 and pieces:
+            mask = parts == pieces.next()
         else:
-            mask = instances == _pick(rng, instances, numbers)
+            mask = instances == things.next()
         targets.append(prompt_for(rng, mask, kind))
     return targets
 
 
-def _askable(labels: np.ndarray) -> np.ndarray:
-    counts = np.bincount(labels.ravel(), minlength=256)
-    counts[0] = 0
-    return np.flatnonzero(counts >= SMALLEST_VISIBLE_SHARE * labels.size)
+class _Queue:
+    """The numbers of a label map in random order, over and over: none comes twice before all came once.
+
+    The image encoder costs more than its prompts, so a picture's prompts should not ask the same thing again.
+    """
+
+    def __init__(self, rng: np.random.Generator, labels: np.ndarray) -> None:
+        counts = np.bincount(labels.ravel(), minlength=256)
+        counts[0] = 0
+        self._rng = rng
+        self._numbers = np.flatnonzero(counts >= SMALLEST_VISIBLE_SHARE * labels.size)
+        weights = np.array([_weight(labels == number, counts[number]) for number in self._numbers])
+        self._shares = weights / weights.sum() if len(weights) else weights
+        self._waiting: list[int] = []
+
+    def __bool__(self) -> bool:
+        return len(self._numbers) > 0
+
+    def next(self) -> int:
+        """The next number to ask for."""
+        if not self._waiting:
+            order = self._rng.choice(self._numbers, len(self._numbers), replace=False, p=self._shares)
+            self._waiting = order.tolist()[::-1]
+        return self._waiting.pop()
 
 
-def _pick(rng: np.random.Generator, labels: np.ndarray, numbers: np.ndarray) -> int:
-    """One of `numbers`, large ones a little more often: by the fourth root of their area."""
-    weights = np.bincount(labels.ravel(), minlength=256)[numbers] ** 0.25
-    return int(rng.choice(numbers, p=weights / weights.sum()))
+def _weight(mask: np.ndarray, area: int) -> float:
+    """What fills little of its box (keys, scissors, forks) comes early: such things are learnt last."""
+    height, width = np.ptp(np.flatnonzero(mask.any(1))) + 1, np.ptp(np.flatnonzero(mask.any(0))) + 1
+    return float(height * width / area * area**0.25)
 
 
 def prompt_for(rng: np.random.Generator, mask: np.ndarray, kind: PromptKind) -> Target:
@@ -102,7 +122,7 @@ def prompt_for(rng: np.random.Generator, mask: np.ndarray, kind: PromptKind) -> 
 def _jitter(rng: np.random.Generator, box: np.ndarray, side: int) -> np.ndarray:
     """Most boxes nearly tight, the others off by up to 15 % of their sides; inside the picture, never inverted."""
     width, height = box[2] - box[0], box[3] - box[1]
-    spread = 0.01 if rng.random() < 0.6 else 0.06
+    spread = 0.01 if rng.random() < 0.7 else 0.06
     limit = 0.15 * np.array([width, height, width, height])
     moved = box + np.clip(rng.normal(0, spread, 4) * [width, height, width, height], -limit, limit)
     moved += rng.uniform(-0.7, 0.7, 4)

@@ -168,7 +168,9 @@ class PictureCache:
         if rng.random() < self._sources[source][2]:
             image, labels = _zoom(rng, image, labels)
         if side != image.shape[0]:
-            image = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+            # Enlarging, INTER_AREA would move the picture against its labels by a fraction of a pixel.
+            method = cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR
+            image = cv2.resize(image, (side, side), interpolation=method)
             labels = cv2.resize(labels, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
         return image, labels[..., 0], labels[..., 1]
 
@@ -179,7 +181,8 @@ def _zoom(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> tu
     top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
     window = (slice(top, top + height), slice(left, left + width))
     image = cv2.resize(image[window], (side, side), interpolation=cv2.INTER_LINEAR)
-    return image, cv2.resize(labels[window], (side, side), interpolation=cv2.INTER_NEAREST)
+    # INTER_NEAREST would move the labels by half a pixel, which the masks would learn.
+    return image, cv2.resize(labels[window], (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 def normalise(images: np.ndarray) -> Tensor:
