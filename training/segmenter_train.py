@@ -168,7 +168,7 @@ class PictureCache:
         if rng.random() < self._sources[source][2]:
             image, labels = _zoom(rng, image, labels)
         if side != image.shape[0]:
-            # Enlarging, INTER_AREA would move the picture against its labels by a fraction of a pixel.
+            # Enlarging, INTER_AREA would repeat pixels instead of interpolating.
             method = cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR
             image = cv2.resize(image, (side, side), interpolation=method)
             labels = cv2.resize(labels, (side, side), interpolation=cv2.INTER_NEAREST_EXACT)
