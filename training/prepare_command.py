@@ -1,0 +1,183 @@
+"""`segzero train prepare`: published data sets to training rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segzero_rt.commands.options import positive_integer
+from segzero_rt.errors import DatasetError
+
+if TYPE_CHECKING:  # readers need pyarrow and pycocotools: only when the command runs
+    from .readers import Reader
+
+NAME = "prepare"
+HELP = "training rows from published data sets"
+
+DESCRIPTION = """Turn a published data set into training rows for `segzero train grpo`: DIR/images/ and DIR/rows.jsonl.
+
+SOURCE is one of
+  FILE.json with --images DIR            COCO-style instances (COCO, LVIS, Objects365): a question per category
+  the same with --refs 'refs(unc).p'     RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO: a question per referring expression
+  a folder of NAME.jpg and NAME.json     ReasonSeg as LISA publishes it: polygons, several wordings each
+  FILE.parquet, or a folder of them      the sets that the authors of Seg-Zero and VisionReasoner publish
+
+Masks become boxes (their extent) and two points (maxima of the distance transform), scaled to the picture that the
+policy will see. --min-iou 0.6 keeps only what the segmenter of a bundle can draw from them, as the authors did.
+
+Anything wrong stops with its file and row; a picture that is to be passed over is named with --leave-out. A run that
+was stopped goes on where it was when it is called again. The folder appears when it is whole."""
+EPILOG = """examples:
+  segzero train prepare annotations/instances_train2017.json --images train2017 --absent 1 --out rows/coco
+  segzero train prepare refcocog/instances.json --images train2014 --refs 'refcocog/refs(umd).p' --out rows/refcocog
+  segzero train prepare ReasonSeg/train --out rows/reasonseg
+  segzero train prepare VisionReasoner_multi_object_7k_840/data --out rows/multi_7k"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="see above")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the rows; must be empty or not exist")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures that a COCO-style file names")
+    parser.add_argument("--refs", type=Path, metavar="FILE", help="referring expressions over the instances")
+    parser.add_argument("--split", metavar="S", help="only refs of this split (default: train)")
+    parser.add_argument(
+        "--all-sentences", action="store_true", help="every sentence of a ref instead of the first one alone"
+    )
+    parser.add_argument(
+        "--absent", type=_whole, default=0, metavar="N",
+        help="questions per picture for a category that is not on it (COCO-style instances; default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-objects", type=positive_integer, default=10, metavar="N",
+        help="leave out categories with more instances on a picture (default: 10)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=_whole, default=0, metavar="K", help="of the absent categories (default: 0)")
+    parser.add_argument(
+        "--input-side", type=positive_integer, default=840, metavar="PX",
+        help="side of the square picture that the policy will see (default: 840; the tabletop policy: 280)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-side", type=_not_negative, default=2.0, metavar="PX",
+        help="leave out questions with an object narrower than this in that picture (default: 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-iou", type=_not_negative, default=0.0, metavar="IOU",
+        help="leave out questions with an object that the segmenter draws with less (the authors: 0.6; default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--bundle", metavar="DIR", help="whose segmenter --min-iou asks (default: the embedded one)")
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="of the segmenter (default: the cores)")
+    parser.add_argument(
+        "--leave-out", action="append", default=[], metavar="PICTURE",
+        help="pass over this picture (its image id, file stem, or FILE.parquet#ROW); may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=positive_integer, metavar="N", help="only the first N pictures")
+    parser.add_argument("--json", action="store_true", help="print the counts as one JSON document")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Runs it; returns the exit status."""
+    from segzero_rt.bundle import Bundle
+
+    from .prepare import Preparation, Segmenter, prepare
+    from .rows import check_new_folder
+
+    check_new_folder(arguments.out)
+    preparation = Preparation(
+        input_size_hw=(arguments.input_side, arguments.input_side),
+        min_side_px=arguments.min_side,
+        min_iou=arguments.min_iou,
+        leave_out=frozenset(arguments.leave_out),
+        limit=arguments.limit,
+    )
+    reader = open_reader(arguments)
+    segmenter = Segmenter(Bundle.open(arguments.bundle), threads=arguments.threads) if arguments.min_iou else None
+    prepared = prepare(reader, arguments.out, preparation, source=_source_settings(arguments), segmenter=segmenter)
+    if arguments.json:
+        print(json.dumps(prepared.to_json()))
+        return 0
+    print(
+        f"{prepared.num_rows} rows on {prepared.num_pictures} pictures in {arguments.out}, "
+        f"{prepared.num_without_object} of them without an object"
+    )
+    for reason, count in sorted(prepared.left_out.items()):
+        print(f"left out: {count} questions for {reason}")
+    return 0
+
+
+def open_reader(arguments: argparse.Namespace) -> Reader:
+    """The reader for SOURCE.
+
+    Raises:
+        DatasetError: SOURCE is of no known layout, or options do not fit it.
+    """
+    source: Path = arguments.source
+    if not source.exists():
+        raise DatasetError(f"{source}: expected a data set, found nothing there; check the path")
+    if source.suffix == ".json":
+        return _open_coco(arguments)
+    _refuse(arguments, "a COCO-style FILE.json", "images", "refs", "split", "all_sentences", "absent")
+    if source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet"))):
+        from .readers_parquet import ParquetReader
+
+        return ParquetReader(source)
+    if source.is_dir():
+        from .readers_reasonseg import ReasonSegReader
+
+        return ReasonSegReader(source)
+    raise DatasetError(f"{source}: expected a .json or .parquet file or a folder; see `segzero train prepare --help`")
+
+
+def _open_coco(arguments: argparse.Namespace) -> Reader:
+    from .readers_coco import CocoInstances, CocoReader
+
+    if arguments.images is None or not arguments.images.is_dir():
+        raise DatasetError(f"expected --images with the folder of the pictures of {arguments.source}")
+    if arguments.refs is None:
+        _refuse(arguments, "--refs", "split", "all_sentences")
+        return CocoReader(
+            CocoInstances(arguments.source, arguments.images),
+            max_objects=arguments.max_objects,
+            num_absent=arguments.absent,
+            seed=arguments.seed,
+        )
+    from .readers_refcoco import RefCocoReader
+
+    _refuse(arguments, "instances without --refs", "absent")
+    instances = CocoInstances(arguments.source, arguments.images)
+    split = arguments.split or "train"
+    return RefCocoReader(instances, arguments.refs, split=split, all_sentences=arguments.all_sentences)
+
+
+def _refuse(arguments: argparse.Namespace, owner: str, *names: str) -> None:
+    """An option that would do nothing is a mistake."""
+    for name in names:
+        if getattr(arguments, name):
+            raise DatasetError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out for {arguments.source}")
+
+
+def _source_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("images", "refs", "split", "all_sentences", "absent", "max_objects", "seed", "bundle")
+    settings = {name: getattr(arguments, name) for name in names}
+    paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
+    return {"source": str(arguments.source.resolve()), **settings, **paths}
+
+
+def _whole(text: str) -> int:
+    """An argparse type."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text[:40]!r}")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    """An argparse type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10_000:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, got {text[:40]!r}")
+    return value
