@@ -32,7 +32,18 @@ TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.2
 # torch.onnx.export(dynamo=True) writes through onnxscript.
 EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
 # scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.
-TRAIN = [*TORCH, "tqdm>=4.60", "accelerate>=1.0", "scikit-image>=0.22", "scipy>=1.11"]
+# TRL is held below 2: `training/grpo_trainer.py` overrides two methods of its trainer that are no public interface.
+TRAIN = [
+    *TORCH,
+    "tqdm>=4.60",
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "peft>=0.18",
+    "scikit-image>=0.22",
+    "scipy>=1.11",
+    "tensorboard>=2.14",
+    "trl>=1.16,<2",
+]
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 DEV = [
     "build>=1.2",
@@ -64,7 +75,10 @@ setup(
     cmdclass={"build_py": CleanBuildPy},
     packages=["segzero_rt", "segzero_rt.commands", "segzero_rt.export", "segzero_rt.training"],
     package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
-    package_data={"segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"]},
+    package_data={
+        "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],
+        "segzero_rt.training": ["accelerate/*.yaml"],
+    },
     install_requires=CORE,
     extras_require={
         "cpu": CPU,
@@ -74,6 +88,10 @@ setup(
         "cuda": ["pycuda>=2024.1"],
         "export": EXPORT,
         "train": TRAIN,
+        # These bring or build CUDA code: never part of [train], which CI installs.
+        "qlora": [*TRAIN, "bitsandbytes>=0.45"],
+        "deepspeed": [*TRAIN, "deepspeed>=0.18"],
+        "vllm": [*TRAIN, "vllm>=0.12"],
         "eval": EVAL,
         # ROS 2's wheels exist for Python 3.11 alone.
         "ros": [

@@ -11,6 +11,8 @@ from typing import TypeVar
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import DatasetError, SegZeroError
 
+from .grpo_command import configure_grpo, execute_grpo
+
 Preset = TypeVar("Preset")
 
 _SCENES_DESCRIPTION = """Write tabletop pictures with questions and exact masks as a dataset folder for `segzero eval`:
@@ -29,11 +31,12 @@ _SCENES_EPILOG = """examples:
   segzero scenes --split test --count 200 --seed 1 --out scenes
   segzero scenes --split ood_colour --out scenes_colour && segzero eval scenes_colour"""
 
-_TRAIN_DESCRIPTION = """Train from scratch. Every run is seeded, logged, and goes on where it was stopped when it is
-called again with the same --out."""
+_TRAIN_DESCRIPTION = """Train a policy or a segmenter. Every run is seeded, logged, and goes on where it was
+stopped when it is called again with the same --out."""
 _TRAIN_EPILOG = """examples:
   segzero train pretrain --preset tabletop
   segzero train segmenter --preset tabletop
+  segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/policy
 
 `segzero train STAGE --help` tells what a stage writes."""
 
@@ -69,6 +72,32 @@ presets: tabletop  the shipped segmenter (hours on two CPU cores)
         """examples:
   segzero train segmenter --out runs/segmenter
   segzero train segmenter --preset smoke --out /tmp/smoke""",
+    ),
+    "grpo": (
+        "a policy by reinforcement alone",
+        """Train a policy with GRPO: it answers each question several times, and what scored above the others' mean
+becomes more likely. Rewards look at format, boxes and points; no reasoning is shown to it.
+
+writes: DIR/run.json        the settings; a run goes on only with the same ones
+        DIR/rows/           rendered questions, for presets that render their own
+        DIR/checkpoint-N/   the newest and the best; the run goes on from the newest
+        DIR/metrics.jsonl   one line a step, and one for each evaluation
+        DIR/report.html     curves, and replies of the last evaluation with their pictures
+        DIR/runs/           TensorBoard
+        DIR/hf/             the best policy as transformers and `segzero export` read it
+
+presets: tabletop            the shipped policy on two CPU cores
+         seg_zero_3b, seg_zero_7b, vision_reasoner_7b
+                             the papers' numbers, for eight GPUs
+         debug               seconds: every code path, nothing learnt
+
+Several GPUs or nodes: accelerate launch --config_file CONFIG -m segzero_rt.training.grpo OPTIONS, where CONFIG is
+fsdp.yaml or deepspeed_zero3.yaml of the folder `accelerate` beside this program.""",
+        """examples:
+  segzero train grpo --policy runs/pretrain/hf --out runs/grpo
+  segzero train grpo --preset seg_zero_7b --qlora --data rows/train --validation rows/val
+  accelerate launch --config_file training/accelerate/fsdp.yaml -m training.grpo --preset seg_zero_3b \\
+      --data rows/train --validation rows/val --out runs/seg_zero_3b""",
     ),
 }
 """Stage → (what it trains, description, examples)."""
@@ -120,6 +149,8 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
         stage.add_argument(
             "--out", type=Path, default=Path("runs") / name, metavar="DIR", help=f"the run (default: runs/{name})"
         )
+        if name == "grpo":
+            configure_grpo(stage)
         if name == "pretrain":
             stage.add_argument(
                 "--scenes",
@@ -141,6 +172,8 @@ def _execute_train(arguments: argparse.Namespace) -> int:
         raise SegZeroError(f"expected --out to be a folder, {arguments.out} is a file; choose another")
     if arguments.stage == "segmenter":
         _train_segmenter(arguments)
+    elif arguments.stage == "grpo":
+        execute_grpo(arguments)
     else:
         _train_policy(arguments)
     print(f"trained: {arguments.out / 'hf'}")

@@ -1,0 +1,83 @@
+"""The options of `segzero train grpo`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segzero_rt.commands.options import positive_integer
+from segzero_rt.errors import SegZeroError
+
+if TYPE_CHECKING:  # torch and TRL, which `--help` need not wait for
+    from .grpo_presets import GrpoPreset
+
+_VLLM_MODES = ("colocate", "server", "off")
+
+
+def configure_grpo(parser: argparse.ArgumentParser) -> None:
+    """Adds what only this stage has."""
+    parser.add_argument(
+        "--policy", metavar="DIR", help="policy to start from, a folder or hub name (default: preset's)"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="training rows (see `segzero train prepare`)")
+    parser.add_argument("--validation", type=Path, metavar="DIR", help="rows that choose the best checkpoint")
+    sizes = parser.add_argument_group("smaller machines")
+    adapters = sizes.add_mutually_exclusive_group()
+    adapters.add_argument("--lora", action="store_true", help="train adapters on frozen bfloat16 weights")
+    adapters.add_argument("--qlora", action="store_true", help="train adapters on 4-bit weights: 7B in 24 GB")
+    sizes.add_argument("--freeze-vision", action="store_true", help="do not train the vision tower")
+    sizes.add_argument("--micro-batch", type=positive_integer, metavar="N", help="samples of one pass on one device")
+    sizes.add_argument(
+        "--vllm", choices=_VLLM_MODES, help="who samples: vLLM on the training GPUs, served, or not vLLM"
+    )
+    changes = parser.add_argument_group("changes to the preset")
+    changes.add_argument("--steps", type=positive_integer, metavar="N", help="optimiser steps")
+    changes.add_argument("--learning-rate", type=float, metavar="X")
+    changes.add_argument("--seed", type=int, metavar="K")
+
+
+def execute_grpo(arguments: argparse.Namespace) -> None:
+    """Trains.
+
+    Raises:
+        SegZeroError: options, rows or a policy that cannot be trained with; nothing has been trained then.
+    """
+    from .grpo import GrpoRun, rows_of, train_grpo
+
+    preset = chosen_preset(arguments)
+    rows = rows_of(preset, arguments.out / "rows" / "train", "train", preset.num_rows, arguments.data)
+    eval_rows = rows_of(
+        preset, arguments.out / "rows" / "validation", "validation", preset.num_eval_rows, arguments.validation
+    )
+    policy = arguments.policy or preset.policy
+    train_grpo(GrpoRun(preset=preset, out=arguments.out, policy=policy, rows=rows, eval_rows=eval_rows))
+
+
+def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
+    """The preset with the command line's changes.
+
+    Raises:
+        SegZeroError: no such preset, or changes that do not fit together.
+    """
+    from .grpo_presets import PRESETS, Vllm, with_lora
+
+    if arguments.preset not in PRESETS:
+        raise SegZeroError(f"expected --preset to be one of {', '.join(PRESETS)}, got {arguments.preset!r}")
+    preset = PRESETS[arguments.preset]()
+    if arguments.lora or arguments.qlora:
+        preset = with_lora(preset, four_bit=arguments.qlora)
+    changes: dict[str, Any] = {
+        "micro_batch": arguments.micro_batch,
+        "max_steps": arguments.steps,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+        "freeze_vision": arguments.freeze_vision or None,
+    }
+    if arguments.vllm is not None:
+        preset = replace(preset, vllm=None if arguments.vllm == "off" else Vllm(arguments.vllm))
+    try:
+        return replace(preset, **{name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise SegZeroError(str(error)) from error
