@@ -14,6 +14,7 @@ pytest.importorskip("skimage", reason="scikit-image is not installed; it comes w
 
 from transformers import Sam2Model  # noqa: E402 - needs torch's absence to skip first
 
+from segzero_rt.errors import SegZeroError  # noqa: E402
 from training.segmenter_data import fill_cache, scene_pictures, shape_pictures  # noqa: E402
 from training.segmenter_loss import mask_iou, segmenter_loss  # noqa: E402
 from training.segmenter_model import Predictions, SegmenterSize, build_segmenter, decode, encode  # noqa: E402
@@ -77,7 +78,7 @@ def test_no_thing_is_asked_for_twice_before_all_were_once() -> None:
         instances[8 * number : 8 * number + 6, 10:50] = number
     for seed in range(20):
         targets = draw_targets(np.random.default_rng(seed), instances, np.zeros_like(instances), BOX, 8)
-        asked = [int(instances[target.mask][0]) for target in targets if target.mask.any()]
+        asked = [int(instances[target.mask][0]) for target in targets if instances[target.mask].any()]
         for start in range(0, len(asked), 4):
             one_round = asked[start : start + 4]
             assert len(set(one_round)) == len(one_round)
@@ -91,8 +92,17 @@ def test_what_fills_little_of_its_box_comes_early() -> None:
         instances[34 + offset, 34 + offset : 37 + offset] = 2
     rng = np.random.default_rng(0)
     drawn = [draw_targets(rng, instances, np.zeros_like(instances), BOX, 1)[0].mask for _ in range(200)]
-    thin = sum(bool(mask[34:].any()) for mask in drawn if mask.any())
-    assert thin > 120
+    square, thin = (sum(bool((mask & (instances == number)).any()) for mask in drawn) for number in (1, 2))
+    assert thin > 2 * square
+
+
+def test_what_things_lie_on_is_asked_for_with_a_box() -> None:
+    instances = np.zeros((64, 64), np.uint8)
+    instances[20:40, 20:40] = 1
+    rng = np.random.default_rng(0)
+    for kind, is_asked in ((BOX, True), (PromptKind(with_box=False, num_points=1), False)):
+        targets = draw_targets(rng, instances, np.zeros_like(instances), kind, 300)
+        assert any(np.array_equal(target.mask, instances == 0) for target in targets) == is_asked
 
 
 @pytest.mark.parametrize("zoom_share", [0.0, 1.0], ids=["whole", "zoomed"])
@@ -249,3 +259,9 @@ def test_weights_alone_are_a_start(tmp_path: Path) -> None:
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, msg=name)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 6
+
+
+def test_a_preset_that_goes_on_needs_something_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(SegZeroError, match="hf to hold a segmenter"):
+        train_segmenter(presets()["tabletop-more"], tmp_path)
+    assert list(tmp_path.iterdir()) == [], "no picture was rendered for nothing"

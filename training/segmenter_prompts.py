@@ -9,6 +9,9 @@ import numpy as np
 
 from .segmenter_data import SMALLEST_VISIBLE_SHARE
 
+SMALLEST_ASKED_BACKGROUND = 0.2
+"""Of the picture; less is scraps between things."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptKind:
@@ -50,7 +53,7 @@ def draw_kind(rng: np.random.Generator) -> PromptKind:
 def draw_targets(
     rng: np.random.Generator, instances: np.ndarray, parts: np.ndarray, kind: PromptKind, count: int
 ) -> list[Target]:
-    """`count` prompts on one picture: mostly whole things, some parts, a few on nothing."""
+    """`count` prompts on one picture: mostly whole things, some parts, a few on nothing or what things lie on."""
     things = _Queue(rng, instances)
     pieces = _Queue(rng, parts)
     targets = []
@@ -63,7 +66,9 @@ def draw_targets(
                 continue
         if not things:
             mask = np.ones_like(instances, bool)  # an empty picture: the whole of it
-        elif choice < 0.14 and pieces:
+        elif choice < 0.08 and kind.with_box and (instances == 0).mean() > SMALLEST_ASKED_BACKGROUND:
+            mask = instances == 0  # a table, a couch: its box is mostly the whole picture
+        elif choice < 0.18 and pieces:
             mask = parts == pieces.next()
         else:
             mask = instances == things.next()
