@@ -31,10 +31,13 @@ CPU = ["onnxruntime>=1.23"]
 TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.20"]
 # torch.onnx.export(dynamo=True) writes through onnxscript.
 EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
+# pyarrow and pycocotools read published data sets: `segzero train prepare` as well as the evaluation.
+EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 # scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.
 # TRL is held below 2: `training/grpo_trainer.py` overrides two methods of its trainer that are no public interface.
 TRAIN = [
     *TORCH,
+    *EVAL,
     "tqdm>=4.60",
     "accelerate>=1.10",
     "datasets>=4.0",
@@ -44,7 +47,6 @@ TRAIN = [
     "tensorboard>=2.14",
     "trl>=1.16,<2",
 ]
-EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 DEV = [
     "build>=1.2",
     "mypy>=1.11",

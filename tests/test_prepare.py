@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ from published_sets import (
 )
 
 from segzero_rt.bundle import Bundle
+from segzero_rt.cli import make_parser
 from segzero_rt.errors import DatasetError
 from segzero_rt.image import load_image
 from segzero_rt.mask import decode_rle
-from training import prepare_command
+from training.command import TRAIN
 from training.mask_points import box_and_points
 from training.prepare import Segmenter
 from training.readers_coco import CocoInstances, CocoReader
@@ -45,10 +45,8 @@ NEEDS_PHOTO = pytest.mark.skipif(not PHOTO.exists(), reason=f"the COCO photo is 
 
 
 def run(source: Path, out: Path, *options: object) -> dict[str, TrainingRow]:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    prepare_command.configure(parser)
-    arguments = parser.parse_args([str(source), "--out", str(out), *map(str, options)])
-    assert prepare_command.execute(arguments) == 0
+    arguments = make_parser(TRAIN).parse_args(["prepare", str(source), "--out", str(out), *map(str, options)])
+    assert TRAIN.execute(arguments) == 0
     return {row.row_id: row for row in read_rows(out)}
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import DatasetError, SegZeroError
 
+from . import prepare_command
 from .grpo_command import configure_grpo, execute_grpo
 
 Preset = TypeVar("Preset")
@@ -36,6 +37,7 @@ stopped when it is called again with the same --out."""
 _TRAIN_EPILOG = """examples:
   segzero train pretrain --preset tabletop
   segzero train segmenter --preset tabletop
+  segzero train prepare instances_train2017.json --images train2017 --out rows/coco
   segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/policy
 
 `segzero train STAGE --help` tells what a stage writes."""
@@ -165,9 +167,20 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
                 metavar="DIR",
                 help="published checkpoint to go on from, such as training/checkpoints/tabletop/policy",
             )
+    prepare = stages.add_parser(
+        prepare_command.NAME,
+        help=prepare_command.HELP,
+        description=prepare_command.DESCRIPTION,
+        epilog=prepare_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    prepare_command.configure(prepare)
 
 
 def _execute_train(arguments: argparse.Namespace) -> int:
+    if arguments.stage == prepare_command.NAME:
+        return prepare_command.execute(arguments)
     if arguments.out.exists() and not arguments.out.is_dir():
         raise SegZeroError(f"expected --out to be a folder, {arguments.out} is a file; choose another")
     if arguments.stage == "segmenter":
