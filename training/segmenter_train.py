@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 from transformers import Sam2Model
+
+from segzero_rt.errors import SegZeroError
 
 from .segmenter_data import Picture, fill_cache, portrait_pictures, scene_pictures, shape_pictures
 from .segmenter_loss import readout_loss, segmenter_loss
@@ -75,13 +77,15 @@ class SegmenterPreset:
     warmup_steps: int = 150
     box_only_steps: int = 1_000
     """Until here every prompt is a box: what a box means has to be found before anything else is learnt."""
-    prompts_per_picture: int = 6
+    prompts_per_picture: int = 8
     learning_rate: float = 3e-4
     """Of the decoder, which stops learning at thrice that."""
     encoder_rate_factor: float = 2.0
     weight_decay: float = 0.05
     ema_decay: float = 0.998
     seed: int = 1
+    needs_weights: bool = False
+    """The run makes sense only in a folder that has a checkpoint or `hf/`."""
     checkpoint_seconds: float = 180.0
     threads: int = 1
 
@@ -102,21 +106,25 @@ class SegmenterPreset:
 
 
 def presets() -> dict[str, SegmenterPreset]:
-    """Name -> preset. `tabletop-more` is for a folder that has `hf/` already: more of the last phase."""
+    """Name -> preset. `tabletop-more` is for a folder that has `hf/` already: more of the last phase.
+
+    The shipped weights are `tabletop`, stopped early, then `tabletop-more`, whose many scenes are what they are asked.
+    """
     size = SegmenterSize(side=320, stage_windows=(8, 4, 10, 10))
     shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.3)
-    portraits = PictureSource(name="portraits", render=portrait_pictures, shards=10, share=0.25)
-    scenes = PictureSource(name="scenes", render=scene_pictures, shards=14, per_shard=128, share=0.45, zoom_share=0.2)
-    sources = (shapes, portraits, scenes)
+    portraits = PictureSource(name="portraits", render=portrait_pictures, shards=13, share=0.25)
+    scenes = PictureSource(name="scenes", render=scene_pictures, shards=34, per_shard=128, share=0.45, zoom_share=0.2)
     return {
-        "tabletop": SegmenterPreset(name="tabletop", size=size, sources=sources),
+        "tabletop": SegmenterPreset(name="tabletop", size=size, sources=(shapes, portraits, scenes)),
         "tabletop-more": SegmenterPreset(
             name="tabletop-more",
             size=size,
-            sources=sources,
-            phases=(Phase(until_step=6_000, side=size.side, pictures_per_step=3),),
-            decay_steps=4_000,
+            sources=(replace(shapes, share=0.08), replace(portraits, share=0.32), replace(scenes, share=0.6)),
+            phases=(Phase(until_step=2_060, side=size.side, pictures_per_step=3),),
+            warmup_steps=50,
+            decay_steps=1_960,
             box_only_steps=0,
+            needs_weights=True,
         ),
         "smoke": SegmenterPreset(
             name="smoke",
@@ -317,9 +325,17 @@ def train_segmenter(preset: SegmenterPreset, out_dir: str | Path, resume: bool =
         out_dir: the run's folder; pictures are rendered into `out_dir/cache` first, where they are missing.
         resume: go on from `out_dir/checkpoint.pt` where there is one; else start at step 0 with the weights in
             `out_dir/hf` where there are some (of any input side). False starts anew (the pictures stay).
+
+    Raises:
+        SegZeroError: the preset needs weights to go on from, and there are none.
     """
     torch.set_num_threads(preset.threads)
     out_dir = Path(out_dir)
+    if preset.needs_weights and not any((out_dir / name).exists() for name in ("checkpoint.pt", "hf/config.json")):
+        raise SegZeroError(
+            f"expected {out_dir}/hf to hold a segmenter for preset {preset.name} to go on from, got none; copy one, "
+            "such as training/checkpoints/tabletop/segmenter"
+        )
     for source in preset.sources:
         folder = out_dir / "cache" / f"{source.name}-{preset.size.side}"
         fill_cache(
