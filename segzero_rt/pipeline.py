@@ -99,6 +99,8 @@ class SegZero:
         start = time.perf_counter()
         image_rgb = as_image(image)
         _check_question(question)
+        # A question that does not fit the context must not cost a look at the picture first.
+        self.policy.question_tokens(question, _format(answer_format))
         look = self.look(image_rgb)
         result = self.ask(
             look,
@@ -223,7 +225,7 @@ def _since(start: float) -> float:
 
 
 def _check_question(question: object) -> None:
-    """Before any work on the picture; whether it fits the context is the policy's to say."""
+    """What holds for every policy; whether a question fits the context is the policy's to say."""
     if not isinstance(question, str) or not question.strip():
         raise QuestionError(f"expected a question in words, got {str(question)[:40]!r}; say what to look for")
 

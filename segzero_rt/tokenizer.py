@@ -13,11 +13,11 @@ Sources: file format of huggingface/tokenizers 0.23; byte alphabet and merge rul
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +122,7 @@ class Tokenizer:
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         if (known := self._cache.get(piece)) is not None:
             return known
-        parts = [_BYTE_TO_CHARACTER[byte] for byte in piece.encode()]
-        while len(parts) > 1:
-            ranks = [self._ranks.get(pair, _NEVER) for pair in itertools.pairwise(parts)]
-            best = min(ranks)
-            if best == _NEVER:
-                break
-            parts = _merge(parts, ranks, best)
+        parts = _merge([_BYTE_TO_CHARACTER[byte] for byte in piece.encode()], self._ranks)
         numbers = tuple(self._vocabulary[part] for part in parts if part in self._vocabulary)
         if len(self._cache) < _MAX_CACHED_PIECES:
             self._cache[piece] = numbers
@@ -142,21 +136,35 @@ class Tokenizer:
             return token.encode()
 
 
-_NEVER = 1 << 60
+def _merge(parts: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Joins neighbours, always the pair of lowest rank and of equals the leftmost, until no pair has a rank.
 
+    A queue of pairs and links to the neighbours: a word of n letters takes n log n steps, not n times n.
+    """
+    before, behind = list(range(-1, len(parts) - 1)), list(range(1, len(parts) + 1))
+    queue: list[tuple[int, int, str, str]] = []
 
-def _merge(parts: list[str], ranks: list[int], best: int) -> list[str]:
-    """Joins every pair of rank `best`, from the left; a part takes part in one pair."""
-    merged: list[str] = []
-    index = 0
-    while index < len(parts):
-        if index < len(ranks) and ranks[index] == best:
-            merged.append(parts[index] + parts[index + 1])
-            index += 2
-        else:
-            merged.append(parts[index])
-            index += 1
-    return merged
+    def offer(place: int) -> None:
+        """Puts the pair that begins at `place` into the queue."""
+        if place >= 0 and behind[place] < len(parts):
+            left, right = parts[place], parts[behind[place]]
+            if (rank := ranks.get((left, right))) is not None:
+                heapq.heappush(queue, (rank, place, left, right))
+
+    for place in range(len(parts)):
+        offer(place)
+    while queue:
+        _, place, left, right = heapq.heappop(queue)
+        other = behind[place]
+        if parts[place] != left or other == len(parts) or parts[other] != right:
+            continue  # one of the two has been joined with something else since
+        parts[place], parts[other] = left + right, ""
+        behind[place] = behind[other]
+        if behind[place] < len(parts):
+            before[behind[place]] = place
+        offer(before[place])
+        offer(place)
+    return [part for part in parts if part]
 
 
 def _byte_alphabet() -> list[str]:
