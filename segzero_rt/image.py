@@ -82,11 +82,11 @@ def check_image(image_rgb: object) -> ImageRgb:
         ImageError: anything else; arrays of other layouts are refused rather than guessed at.
     """
     if not isinstance(image_rgb, np.ndarray):
-        raise ImageError(f"expected a numpy array or a path, got {type(image_rgb).__name__}")
+        raise ImageError(f"expected a picture as a numpy array or a path, got {type(image_rgb).__name__}")
     shape = image_rgb.shape
     if image_rgb.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
         raise ImageError(
-            f"expected uint8 [H, W, 3] in RGB order, got {image_rgb.dtype} {list(shape)}; convert it first"
+            f"expected a picture as uint8 [H, W, 3] in RGB order, got {image_rgb.dtype} {list(shape)}; convert it first"
         )
     _check_size("the picture", (shape[1], shape[0]))
     return image_rgb

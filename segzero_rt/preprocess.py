@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from segzero_rt.errors import ImageError
+from segzero_rt.image import check_image
 from segzero_rt.resampling import RESAMPLERS, resize
 
 
@@ -73,12 +73,3 @@ class Preprocessor:
         std = np.asarray(self.image_std, dtype=np.float32)[:, None]
         normalised = (blocks * np.float32(1 / 255) - mean) / std
         return normalised.astype(np.float32, copy=False).reshape(-1, self.patch_dim)
-
-
-def check_image(image_rgb: NDArray[np.uint8]) -> None:
-    """Raises ImageError unless the picture is uint8 [H, W, 3] with at least one pixel."""
-    shape, dtype = getattr(image_rgb, "shape", None), getattr(image_rgb, "dtype", None)
-    if dtype != np.uint8 or shape is None or len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
-        raise ImageError(
-            f"expected a picture as uint8 [height, width, 3] in RGB, got {dtype} {shape}; convert it first"
-        )

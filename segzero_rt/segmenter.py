@@ -24,9 +24,9 @@ from segzero_rt.graph_spec_segmenter import (
     image_encoder_spec,
     mask_decoder_spec,
 )
+from segzero_rt.image import check_image
 from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
-from segzero_rt.preprocess import check_image
 from segzero_rt.resampling import resize
 
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98

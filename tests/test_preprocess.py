@@ -95,7 +95,7 @@ def test_the_first_patches_are_one_token() -> None:
     ],
 )
 def test_other_arrays_are_refused(image: object) -> None:
-    with pytest.raises(ImageError, match=r"uint8 \[height, width, 3\]"):
+    with pytest.raises(ImageError, match=r"expected a picture as|at least one pixel"):
         preprocessor((28, 28)).patches(image)  # type: ignore[arg-type]
 
 
