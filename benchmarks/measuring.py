@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from segzero_rt.commands.output_files import write_text
 from segzero_rt.environment import environment_card
 from segzero_rt.graph import default_threads
 
@@ -73,9 +74,7 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS) ->
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{what}_{default_threads()}cores_{now:%Y%m%d}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(whole, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
     return path
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # 15 ms that the built-in commands need not wait for
 
 ENTRY_POINT_GROUP = "segzero.commands"
 EXIT_OK, EXIT_BAD_INPUT, EXIT_NO_ANSWER = 0, 2, 3
+EXIT_INTERRUPTED = 130
+"""What a shell gives for a program that Ctrl-C ended."""
 
 _BUILT_IN = ("run", "segment", "eval", "bench", "doctor")
 
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except KeyboardInterrupt:
+        print("segzero: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except OSError as error:  # a path that is too long or not allowed, a disk that is full: not this package's to mend
         return _report(error, as_json=as_json)
 
@@ -95,7 +100,12 @@ def _dispatch(arguments: list[str]) -> int:
         parsed = parser.parse_args(rest)
     except SystemExit as stop:  # argparse's own way to end after `--help`
         return int(stop.code or 0)
-    return command.execute(parsed)
+    try:
+        return command.execute(parsed)
+    except ModuleNotFoundError as error:  # commands outside the runtime import what they need when they run
+        if name in _BUILT_IN or (error.name or "segzero_rt").partition(".")[0] == "segzero_rt":
+            raise
+        raise _not_installed(name, error) from error
 
 
 def make_parser(command: Command) -> argparse.ArgumentParser:
@@ -129,9 +139,7 @@ def _find(name: str) -> Command:
     try:
         return cast("Command", installed[name].load())
     except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"`segzero {name}` cannot start here: {error}; install what it needs ({_extra_of(name)})"
-        ) from error
+        raise _not_installed(name, error) from error
 
 
 def _entry_points() -> Iterator[EntryPoint]:
@@ -140,8 +148,11 @@ def _entry_points() -> Iterator[EntryPoint]:
     yield from entry_points(group=ENTRY_POINT_GROUP)
 
 
-def _extra_of(name: str) -> str:
-    return "pip install 'segzero-rt[export]'" if name == "export" else "pip install 'segzero-rt[train]'"
+def _not_installed(name: str, error: Exception) -> UsageError:
+    extra = "export" if name == "export" else "train"
+    return UsageError(
+        f"`segzero {name}` cannot start here: {error}; install what it needs (pip install 'segzero-rt[{extra}]')"
+    )
 
 
 def _top_help() -> str:

@@ -164,17 +164,24 @@ class DatasetWriter:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
+        try:
+            taken = self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir()))
+        except OSError as error:
+            raise DatasetError(f"{str(self.folder)[:200]}: cannot be read: {error.strerror}") from error
+        if taken:
             raise DatasetError(f"{self.folder} exists already; remove it or choose another folder")
         self._sizes_hw: dict[str, tuple[int, int]] = {}
         self._lines: list[str] = []
         self._partial: Path | None = None
 
     def __enter__(self) -> DatasetWriter:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the final rename stays within one file system.
         parent = self.folder.parent
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".partial", dir=parent))
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            # Beside the target, so that the final rename stays within one file system.
+            self._partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".partial", dir=parent))
+        except OSError as error:
+            raise DatasetError(f"{str(self.folder)[:200]}: no folder can be made there: {error.strerror}") from error
         (self._partial / IMAGES_NAME).mkdir()
         return self
 

@@ -35,6 +35,10 @@ class PromptError(SegZeroError):
     """A box or point given by hand is not a valid segmentation prompt."""
 
 
+class OutputError(SegZeroError):
+    """A file cannot be written where it was asked for."""
+
+
 class DatasetError(SegZeroError):
     """A dataset folder is missing, incomplete, or a line of its annotations cannot be read."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import shutil
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segzero_rt import cli
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.cli import main
+from segzero_rt.commands import doctor
 from segzero_rt.commands import run as run_command
 from segzero_rt.commands.output import ThinkingStream, printable
 from segzero_rt.segmentation import Segmentation
@@ -127,7 +131,12 @@ def test_the_version_is_the_packages(segzero: Any) -> None:
         (["run", "docs/tabletop.png", "b", "--out", f"{'n' * 300}.png"], "too long"),
         (["run", "docs/tabletop.png", "b", "--bundle", "n" * 300], "too long"),
         (["segment", f"{'n' * 300}.png", "--box", "1,2,3,4", "--out", "setup.png"], "too long"),
+        (["run", "docs/tabletop.png", "b", "--out", ""], "'': expected a name that ends in .png"),
+        (["run", "docs/tabletop.png", "b", "--out", "docs"], "ends in .png"),
         (["eval", "n" * 300], "too long"),
+        (["eval", ""], "annotations.jsonl"),
+        (["eval", "docs", "--limit", "99999999999"], "below 10^9"),
+        (["bench", "--images", "setup.py"], "pictures"),
         (["eval", "tests", "--records", f"{'n' * 300}.jsonl"], "too long"),
         (["bench", "--images", "n" * 300], "too long"),
     ],
@@ -203,8 +212,9 @@ def test_a_picture_is_written_whole_or_not_at_all(
         assert segzero("run", picture, "the mug", "--out", str(out), *options).status == 3
         assert Image.open(out).size[0] >= 80
     assert len(list(folder.iterdir())) == 3
-    for bad in (folder / "x.txt", folder / "no" / "x.png", folder, Path(picture)):
-        refused(segzero("run", picture, "the mug", "--out", str(bad), *options), "--out")
+    os.mkfifo(tmp_path / "pipe.png")
+    for bad in (folder / "x.txt", folder / "no" / "x.png", folder, Path(picture), tmp_path / "pipe.png"):
+        refused(segzero("run", picture, "the mug", "--out", str(bad), *options), str(bad))
     refused(segzero("run", picture, "", "--out", str(folder / "y.png"), *options), "question")
     assert len(list(folder.iterdir())) == 3
     assert Image.open(picture).size == (80, 60)
@@ -311,6 +321,53 @@ def test_the_doctor_says_that_a_whole_bundle_runs(segzero: Any, tiny_bundle_path
     assert readable.status == 0 and readable.out.rstrip().endswith("yes")
 
 
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({"status": "not_run"}, "status not_run"),
+        (
+            {"status": "passed", "giou_loss": 0.00123456, "giou_loss_interval_95": [-0.01, 0.02], "limit": 0.02},
+            "status passed, giou_loss 0.001235, giou_loss_interval_95 -0.01 to 0.02, limit 0.02",
+        ),
+        ({"top1": 1.0, "same_tokens": True, "limits": {"max_kl": 1}, "storage": "x"}, "top1 1, same_tokens True"),
+        ("\x1b[31m", "�[31m"),
+        ({"a": ["\x1b"] * 999}, None),
+    ],
+    ids=["not run", "quality", "numbers", "no object", "hostile"],
+)
+def test_the_doctor_shows_each_gate_on_one_line(figures: object, expected: str | None) -> None:
+    row = doctor._gate_row(figures)
+    assert row.isprintable() and len(row) <= 240
+    assert expected is None or row == expected
+
+
+class NeedsModule:
+    """A command that imports a module when it runs."""
+
+    NAME, HELP = "train", "train"
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--json", action="store_true")
+
+    def execute(self, arguments: argparse.Namespace) -> int:
+        importlib.import_module(self.module)
+        return 0
+
+
+def test_a_missing_extra_is_named(segzero: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_find", lambda name: NeedsModule("no_such_framework.nn"))
+    refused(
+        segzero("train"), "No module named 'no_such_framework'; install what it needs (pip install 'segzero-rt[train]')"
+    )
+    assert "no_such_framework" in segzero("train", "--json").document["error"]["message"]
+    monkeypatch.setattr(cli, "_find", lambda name: NeedsModule("segzero_rt.no_such_part"))
+    with pytest.raises(ModuleNotFoundError):  # a fault of this package stays one
+        main(["train"])
+
+
 class FakePipeline:
     """Answers without a model, so that every status can be seen."""
 
@@ -359,6 +416,38 @@ def test_the_exit_status_follows_the_answer(
     assert len(output.document["objects"]) == (1 if behaviour is AnswerStatus.OK else 0)
     readable = segzero("run", picture, "the mug")
     assert readable.status == status and "\x1b" not in readable.out
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_ctrl_c_is_one_line_and_leaves_nothing(
+    segzero: Any, picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    for place in ("load_pipeline", "write_picture"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_command, "load_pipeline", lambda arguments: FakePipeline(AnswerStatus.OK))
+            patch.setattr(run_command, place, interrupt)
+            output = segzero("run", picture, "the mug", "--out", str(tmp_path / "o.png"), *options)
+        assert (output.status, output.out, output.err) == (130, "", "segzero: interrupted\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_picture_whose_writing_is_interrupted_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from segzero_rt.commands import output_files
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "o.md").write_text("old")
+    monkeypatch.setattr(output_files.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        output_files.write_text(tmp_path / "o.md", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"o.md": "old"}
 
 
 def test_thinking_is_streamed_without_tags_or_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,14 @@ def test_refuses_to_overwrite(tmp_path: Path) -> None:
         DatasetWriter(tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["file/set", "file/deep/set", "n" * 300], ids=["below a file", "deep", "long"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DatasetError, match=r"no folder can be made|too long"), DatasetWriter(tmp_path / name):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_leaves_nothing_behind_when_stopped_half_way(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "set") as writer:
         writer.add_question(writer.add_image(PICTURE), "the mug", kind="name")

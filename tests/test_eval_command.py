@@ -13,9 +13,9 @@ import pytest
 
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.commands import eval as eval_command
-from segzero_rt.commands.text_files import OutputError, write_text
+from segzero_rt.commands.output_files import write_text
 from segzero_rt.dataset import DatasetWriter, LabeledObject, Sample
-from segzero_rt.errors import DatasetError, QuestionError
+from segzero_rt.errors import DatasetError, OutputError, QuestionError
 from segzero_rt.evaluation import Record, score_sample
 from segzero_rt.report import Gallery, render_html, render_markdown
 from segzero_rt.segmentation import Segmentation
@@ -182,7 +182,7 @@ def test_markdown_lists_the_worst_first() -> None:
     ("option", "value", "message"),
     [
         ("records", "records.txt", "ends in .jsonl"),
-        ("report", "report.pdf", "ends in .html or .md"),
+        ("report", "report.pdf", "ends in .html, .md"),
         ("report", "missing/report.html", "folder that exists"),
         ("records", "folder.jsonl", "expected a file"),
     ],

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from segzero_rt.commands.options import add_bundle_options, add_policy_options, load_pipeline, positive_integer
 from segzero_rt.commands.output import print_document
+from segzero_rt.commands.output_files import check_output_file, write_text
 from segzero_rt.commands.progress import Progress
-from segzero_rt.commands.text_files import check_output_file, write_text
 
 if TYPE_CHECKING:  # `--help` must not import numpy
     from segzero_rt.dataset import Sample

@@ -48,7 +48,7 @@ def positive_integer(text: str) -> int:
     """An argparse type."""
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 10^9, got {text[:40]!r}")
     return value
 
 

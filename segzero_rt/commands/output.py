@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segzero_rt.errors import ImageError
+from segzero_rt.commands.output_files import check_output_file, write_bytes
+from segzero_rt.errors import OutputError
 
 if TYPE_CHECKING:  # annotations only: `--help` must not import numpy
     from segzero_rt.image import ImageRgb
@@ -32,58 +31,32 @@ def printable(text: str) -> str:
 
 
 def check_output_path(out: str | None, source: str) -> None:
-    """Refuses a path that could not be written, before any work is done.
+    """Refuses a picture's path that could not be written, before any work is done.
 
     Raises:
-        ImageError: unknown suffix, no such folder, a folder itself, or the source picture.
+        OutputError: unknown suffix, no such folder, a folder itself, or the source picture.
     """
-    if out is None:
-        return
-    path = Path(out)
-    if path.suffix.lower() not in _PICTURE_FORMATS:
-        raise ImageError(f"--out {out}: expected a name that ends in {', '.join(_PICTURE_FORMATS)}")
-    try:
-        if path.is_dir() or not path.parent.is_dir():
-            raise ImageError(f"--out {out}: expected a file in a folder that exists")
-        if path.exists() and os.path.exists(source) and path.samefile(source):  # noqa: PTH110 - False for any bad name
-            raise ImageError(f"--out {out}: this is the picture itself; choose another name")
-    except OSError as error:
-        raise ImageError(f"--out {out[:200]}: cannot be written: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ImageError(f"--out {out}: its folder cannot be written to")
+    check_output_file(out, _PICTURE_FORMATS, source=source)
 
 
 def write_picture(out: str, image_rgb: ImageRgb) -> None:
-    """Writes a picture under a temporary name and renames it: readers see a whole picture or none.
+    """Writes a picture, in the format that its name ends in.
 
     Raises:
-        ImageError: too large for the format, or the disk or the folder refuses.
+        OutputError: too large for the format, or the disk or the folder refuses.
     """
     from PIL import Image
 
-    path = Path(out)
-    chosen = _PICTURE_FORMATS[path.suffix.lower()]
+    chosen = _PICTURE_FORMATS[Path(out).suffix.lower()]
     height, width = image_rgb.shape[:2]
     if max(height, width) > _LARGEST_SIDE_PX.get(chosen, max(height, width)):
-        raise ImageError(
-            f"--out {out}: {chosen} holds at most {_LARGEST_SIDE_PX[chosen]} pixels a side, got {width}x{height}; "
+        raise OutputError(
+            f"{out}: {chosen} holds at most {_LARGEST_SIDE_PX[chosen]} pixels a side, got {width}x{height}; "
             "write a .png"
         )
     encoded = io.BytesIO()
     Image.fromarray(image_rgb).save(encoded, chosen)
-    try:
-        # A fixed short prefix: the file's own name may be as long as a name can be.
-        handle, temporary = tempfile.mkstemp(prefix=".segzero-", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise ImageError(f"--out {out}: cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(encoded.getbuffer())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)  # noqa: PTH105 - says that an existing file is replaced, which Path.replace hides
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise ImageError(f"--out {out}: cannot be written: {error.strerror}") from error
+    write_bytes(out, encoded.getbuffer())
 
 
 def print_segmentation(segmentation: Segmentation, *, with_thinking: bool) -> None:
