@@ -213,6 +213,17 @@ def test_masks_are_compared_in_the_pictures_size(iou_reward: Reward, disc: tuple
     assert give(pickle.loads(pickle.dumps(iou_reward)), DISC_TEXT, truth, image=path) == pytest.approx(found)
 
 
+def test_the_stored_picture_goes_before_the_resized_one(iou_reward: Reward, disc: tuple[Path, RowObject]) -> None:
+    columns = {
+        "objects": [[disc[1].to_json()]], "input_size_hw": [list(SIZE_HW)], "row_id": ["a"],
+        "image": [Image.new("RGB", (SIZE_HW[1], SIZE_HW[0]))],
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match="not the resized one"):
+        iou_reward(["p"], [DISC_TEXT], **columns)
+    (found,) = iou_reward(["p"], [DISC_TEXT], image_path=[str(disc[0])], **columns)
+    assert found == pytest.approx(give(iou_reward, DISC_TEXT, disc[1], image=disc[0]))
+
+
 def test_the_shipped_segmenter_finds_the_disc(disc: tuple[Path, RowObject]) -> None:
     assert give(mask_iou_reward(), DISC_TEXT, disc[1], image=disc[0]) > 0.8
 

@@ -22,10 +22,8 @@ from segzero_rt.preprocess import Preprocessor
 from .grpo_presets import GrpoPreset
 from .grpo_processor import IMAGE_TOKEN, PictureProcessor
 from .policy_model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
-from .rows import IMAGE, PROMPT, TrainingRow
+from .rows import IMAGE, IMAGE_PATH, PROMPT, TrainingRow
 
-IMAGE_PATH = "image_path"
-"""Column of the picture's file, for reports; `image` holds the picture itself."""
 QUESTION = "question"
 _CACHED_PICTURES = 64
 """Pictures kept in memory: a prompt is drawn once for each of its samples."""
@@ -34,17 +32,7 @@ _CACHED_PICTURES = 64
 def training_dataset(
     rows: Sequence[TrainingRow], answer_format: AnswerFormat, input_size_hw: tuple[int, int]
 ) -> Dataset:
-    """The rows as TRL's columns (`rows.COLUMNS`, the question and the picture's file besides).
-
-    Raises:
-        DatasetError: a row is meant for another input size.
-    """
-    for row in rows:
-        if row.input_size_hw != input_size_hw:
-            raise DatasetError(
-                f"row {row.row_id!r:.60}: expected input_size_hw {input_size_hw}, which the preset trains with, "
-                f"got {row.input_size_hw}; prepare the rows again"
-            )
+    """The rows as TRL's columns: `rows.COLUMNS`, the question and the picture's file besides."""
     columns = [
         {**row.to_columns(), PROMPT: conversation(row.question, answer_format), QUESTION: row.question} for row in rows
     ]
@@ -81,6 +69,11 @@ def check_prompts(
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = sorted({IMAGE_TOKEN, *tokenizer.all_special_tokens, *added})
     for row in rows:
+        if row.input_size_hw != preset.input_size_hw:
+            raise DatasetError(
+                f"row {row.row_id!r:.60}: expected input_size_hw {preset.input_size_hw}, which the preset trains with, "
+                f"got {row.input_size_hw}; prepare the rows again"
+            )
         found = [token for token in control if token in row.question]
         if found:
             raise DatasetError(f"row {row.row_id!r:.60}: the question holds the control token {found[0]}; rephrase it")

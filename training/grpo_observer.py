@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.answer_format import AnswerFormat
 
-from .grpo_data import IMAGE_PATH, QUESTION
+from .grpo_data import QUESTION
 from .reward_readings import parsed_answer
 from .rewards import Case, Reward, cases_of, score
-from .rows import KIND
+from .rows import IMAGE_PATH, KIND
 
 BOX_GIOU = "box_giou"
 """Name of the observer's value: IoU of all answered with all true boxes' area; 1 for "none" rightly said."""

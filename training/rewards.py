@@ -52,10 +52,10 @@ from .reward_geometry import (
     two_points_distance,
 )
 from .reward_readings import SegZeroReading, completion_text, has_think_format, read_seg_zero, read_vision_reasoner
-from .rows import IMAGE, INPUT_SIZE_HW, OBJECTS, ROW_ID, RowObject, TrainingRow
+from .rows import IMAGE, IMAGE_PATH, INPUT_SIZE_HW, OBJECTS, ROW_ID, RowObject, TrainingRow
 
 REQUIRED_COLUMNS = (OBJECTS, INPUT_SIZE_HW, ROW_ID)
-"""Columns that every reward reads; `mask_iou` reads the picture, too."""
+"""Columns that every reward reads; `mask_iou` reads the picture, too, from `image_path` or else from `image`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,8 @@ class Case:
     input_size_hw: tuple[int, int]
     row_id: str = ""
     image: object = None
-    """The picture as the data set's column gives it: a path, a Pillow picture or an array. Most rewards do not look."""
+    """The stored picture as the data set's columns give it: a path, a Pillow picture or an array. Most rewards do not
+    look."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,12 +124,13 @@ def cases_of(completions: Sequence[object], columns: Mapping[str, object]) -> li
         DatasetError: an entry of `objects` is not one of `RowObject.to_json`.
     """
     check_columns(columns)
-    columns = {IMAGE: [None] * len(completions), **columns}
-    for name in (*REQUIRED_COLUMNS, IMAGE):
+    picture = IMAGE_PATH if IMAGE_PATH in columns else IMAGE
+    columns = {picture: [None] * len(completions), **columns}
+    for name in (*REQUIRED_COLUMNS, picture):
         column = columns[name]
         if not isinstance(column, Sequence) or len(column) != len(completions):
             raise ValueError(f"expected column `{name}` with {len(completions)} entries, got {column!r:.80}")
-    rows = zip(*(cast("Sequence[Any]", columns[name]) for name in (*REQUIRED_COLUMNS, IMAGE)), strict=True)
+    rows = zip(*(cast("Sequence[Any]", columns[name]) for name in (*REQUIRED_COLUMNS, picture)), strict=True)
     return [
         Case(
             text=completion_text(completion),

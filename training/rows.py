@@ -32,6 +32,8 @@ IMAGES_NAME = "images"
 
 PROMPT, IMAGE, OBJECTS = "prompt", "image", "objects"
 INPUT_SIZE_HW, ROW_ID, KIND = "input_size_hw", "row_id", "kind"
+IMAGE_PATH = "image_path"
+"""Column of the stored picture's file, where a trainer's `image` holds the resized picture itself."""
 COLUMNS = (PROMPT, IMAGE, OBJECTS, INPUT_SIZE_HW, ROW_ID, KIND)
 """Columns of the data set that TRL trains on. All but the prompt reach every reward as keyword lists."""
 
