@@ -127,6 +127,11 @@ def execute(arguments: argparse.Namespace) -> int:
     base = Bundle.open(arguments.base) if arguments.base else None
     if (arguments.policy is None or arguments.segmenter is None) and base is None:
         raise ExportError("expected --policy and --segmenter, or --base with the part that is not given")
+    if arguments.policy is None and arguments.segmenter is None:
+        raise ExportError("expected --policy or --segmenter beside --base, got neither: there is nothing to export")
+    for option, folder in (("--policy", arguments.policy), ("--segmenter", arguments.segmenter)):
+        if folder is not None:
+            _check_checkpoint(folder, option)
     if arguments.policy is None and (arguments.flavour or arguments.max_length):
         raise ExportError(
             "expected --policy with --flavour or --max-length: the graphs of --base are taken as they are"
@@ -212,7 +217,6 @@ def _preset(arguments: argparse.Namespace) -> Preset:
 
 
 def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> PolicyExport:
-    _check_checkpoint(folder, "--policy")
     export_policy = _imported("policy").export_policy
     _say(f"policy: {folder}")
     exported: PolicyExport = export_policy(
@@ -231,7 +235,6 @@ def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]
 
 
 def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> SegmenterExport:
-    _check_checkpoint(folder, "--segmenter")
     export_segmenter = _imported("segmenter").export_segmenter
     _say(f"segmenter: {folder}")
     # Hiera loses too much in 8 bits, and is small: the policy alone is stored so.
@@ -271,13 +274,12 @@ def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, sampl
     if not samples:
         return dict(quality.NOT_RUN)
     _say(f"quality gate: {len(samples)} questions, against PyTorch")
-    storage = preset.storage if arguments.policy else "float16"
     record: dict[str, Any] = quality.gate_quality(
         trial,
         samples,
         policy_folder=arguments.policy,
         segmenter_folder=arguments.segmenter,
-        limit=quality.max_loss(storage),
+        limit=quality.max_loss(preset.storage),
     )
     return record | {"dataset": quality.dataset_card(arguments.gate_dataset)}
 

@@ -12,9 +12,11 @@ import pytest
 
 from export import command
 from export.command import PRESETS, assemble, tabletop
-from segzero_rt.bundle import Bundle
+from segzero_rt.bundle import EMBEDDED, Bundle
 from segzero_rt.cli import make_parser
 from segzero_rt.errors import BundleError, ExportError, SegZeroError
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "training/checkpoints/tabletop/policy"
 
 
 @pytest.fixture
@@ -56,10 +58,24 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         (("--policy", "gone", "--segmenter", "gone"), "config.json"),
         (("--policy", "."), "--segmenter"),
         ((), "--policy and --segmenter"),
-        (("--policy", ".", "--segmenter", ".", "--gate-images", "."), "PNG or JPEG"),
+        (("--policy", str(PUBLISHED), "--segmenter", "."), "--segmenter .: expected a folder"),
+        (("--policy", str(PUBLISHED), "--segmenter", str(PUBLISHED), "--gate-images", "."), "PNG or JPEG"),
         (("--base", "gone"), "gone"),
+        (("--base", str(EMBEDDED)), "nothing to export"),
+        (("--base", str(EMBEDDED), "--segmenter", "gone"), "--segmenter gone: expected a folder"),
+        (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--max-length", "9"), "expected --policy"),
     ],
-    ids=["gone", "no segmenter", "nothing", "no pictures", "no base"],
+    ids=[
+        "gone",
+        "no segmenter",
+        "nothing",
+        "bad segmenter",
+        "no pictures",
+        "no base",
+        "base alone",
+        "gone beside base",
+        "no policy",
+    ],
 )
 def test_what_cannot_be_exported_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], expected: str
