@@ -194,12 +194,5 @@ def test_a_policy_that_is_taken_over_keeps_its_answer_format(tiny_bundle_path: P
         assert manifest.answer_format == base.manifest.answer_format == "vision_reasoner"
 
 
-@pytest.mark.parametrize("option", [("--flavour", "portable"), ("--max-length", "99")], ids=lambda option: option[0])
-def test_options_of_the_policy_need_a_policy(tmp_path: Path, tiny_bundle_path: Path, option: tuple[str, str]) -> None:
-    base = ("--base", str(tiny_bundle_path), "--segmenter", str(tmp_path))
-    with pytest.raises(ExportError, match="expected --policy"):
-        execute(*base, *option, "--out", str(tmp_path / "out"))
-
-
 def execute(*options: str) -> int:
     return command.execute(make_parser(command).parse_args(["tabletop", *options]))  # type: ignore[arg-type]
