@@ -406,6 +406,19 @@ def test_grefcoco_has_several_and_none(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_two_refs_can_be_asked_for_together(tmp_path: Path) -> None:
+    refs = [
+        ref(1, 139, 11, "grey cat", "animal"), ref(2, 139, 12, "upper remote"),
+        ref(3, 139, [13], "the long one"), ref(4, 139, [13, 12], "remotes"),  # share an object: not joined
+        ref(5, 139, 11, "cat"),
+    ]  # fmt: skip
+    (loaded,) = read_refs(tmp_path, refs, join_refs=True).values()
+    assert len(loaded.questions) == 6
+    joined = loaded.questions[-1]
+    assert (joined.row_id, joined.text, joined.kind) == ("ref1-0+ref2-0", "'grey cat' and 'upper remote'", "several")
+    assert [int(mask.sum()) for mask in joined.masks] == [400, 120]
+
+
 def test_refs_as_json(tmp_path: Path) -> None:
     instances = CocoInstances(*write_coco(tmp_path, coco_tables()))
     path = tmp_path / "grefs(unc).json"

@@ -47,6 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--all-sentences", action="store_true", help="every sentence of a ref instead of the first one alone"
     )
     parser.add_argument(
+        "--join-refs", action="store_true", help="""questions "'a' and 'b'" for two refs of a picture besides"""
+    )
+    parser.add_argument(
         "--absent", type=_whole, default=0, metavar="N",
         help="questions per picture for a category that is not on it (COCO-style instances; default: 0)",
     )  # fmt: skip
@@ -118,7 +121,7 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
         raise DatasetError(f"{source}: expected a data set, found nothing there; check the path")
     if source.suffix == ".json":
         return _open_coco(arguments)
-    _refuse(arguments, "a COCO-style FILE.json", "images", "refs", "split", "all_sentences", "absent")
+    _refuse(arguments, "a COCO-style FILE.json", "images", "refs", "split", "all_sentences", "join_refs", "absent")
     if source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet"))):
         from .readers_parquet import ParquetReader
 
@@ -136,7 +139,7 @@ def _open_coco(arguments: argparse.Namespace) -> Reader:
     if arguments.images is None or not arguments.images.is_dir():
         raise DatasetError(f"expected --images with the folder of the pictures of {arguments.source}")
     if arguments.refs is None:
-        _refuse(arguments, "--refs", "split", "all_sentences")
+        _refuse(arguments, "--refs", "split", "all_sentences", "join_refs")
         return CocoReader(
             CocoInstances(arguments.source, arguments.images),
             max_objects=arguments.max_objects,
@@ -147,8 +150,13 @@ def _open_coco(arguments: argparse.Namespace) -> Reader:
 
     _refuse(arguments, "instances without --refs", "absent")
     instances = CocoInstances(arguments.source, arguments.images)
-    split = arguments.split or "train"
-    return RefCocoReader(instances, arguments.refs, split=split, all_sentences=arguments.all_sentences)
+    return RefCocoReader(
+        instances,
+        arguments.refs,
+        split=arguments.split or "train",
+        all_sentences=arguments.all_sentences,
+        join_refs=arguments.join_refs,
+    )
 
 
 def _refuse(arguments: argparse.Namespace, owner: str, *names: str) -> None:
@@ -159,7 +167,7 @@ def _refuse(arguments: argparse.Namespace, owner: str, *names: str) -> None:
 
 
 def _source_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("images", "refs", "split", "all_sentences", "absent", "max_objects", "seed", "bundle")
+    names = ("images", "refs", "split", "all_sentences", "join_refs", "absent", "max_objects", "seed", "bundle")
     settings = {name: getattr(arguments, name) for name in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
     return {"source": str(arguments.source.resolve()), **settings, **paths}

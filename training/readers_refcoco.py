@@ -1,7 +1,8 @@
 """Referring expressions over COCO-style instances: RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO.
 
 The `refs(….).p` file of the `refer` tools, or the same list as JSON. A ref becomes one question of its first sentence
-alone, as in Seg-Zero's data, or a question per sentence. gRefCOCO's refs name several annotations, or none.
+alone, as in Seg-Zero's data, or a question per sentence. gRefCOCO's refs name several annotations, or none. Two refs of
+a picture can be asked for together besides, "'a' and 'b'", as in VisionReasoner's data.
 
 The files are pickles: they are read by an unpickler that knows lists, texts and numbers and nothing else.
 """
@@ -42,10 +43,20 @@ class RefCocoReader:
         refs: `refs(….).p` of the `refer` tools, or its list as JSON.
         split: only refs of this split.
         all_sentences: a question per sentence instead of the first one alone.
+        join_refs: a question besides for every two neighbours among a picture's refs that mean different objects.
     """
 
-    def __init__(self, instances: CocoInstances, refs: Path, *, split: str, all_sentences: bool = False) -> None:
-        self.instances, self.refs, self.all_sentences = instances, refs, all_sentences
+    def __init__(
+        self,
+        instances: CocoInstances,
+        refs: Path,
+        *,
+        split: str,
+        all_sentences: bool = False,
+        join_refs: bool = False,
+    ) -> None:
+        self.instances, self.refs = instances, refs
+        self.all_sentences, self.join_refs = all_sentences, join_refs
         self._of_image: dict[int, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
         found: set[str] = set()
         for index, ref in enumerate(_read_refs(refs)):
@@ -66,7 +77,10 @@ class RefCocoReader:
             yield str(image_id), functools.partial(self._picture, image_id)
 
     def _picture(self, image_id: int) -> SourcePicture:
-        questions = [one for source, ref in self._of_image[image_id] for one in self._questions(ref, source)]
+        refs = self._of_image[image_id]
+        questions = [one for source, ref in refs for one in self._questions(ref, source)]
+        if self.join_refs:
+            questions += [one for pair in zip(refs[0::2], refs[1::2], strict=False) for one in self._joined(*pair)]
         return SourcePicture(
             source=f"{self.refs}: image {image_id}",
             image=self.instances.picture(image_id),
@@ -86,6 +100,18 @@ class RefCocoReader:
                 masks=masks,
                 kind=(NONE_KIND, NAME_KIND)[len(masks)] if len(masks) < 2 else SEVERAL_KIND,
             )
+
+    def _joined(self, one: tuple[str, dict[str, Any]], other: tuple[str, dict[str, Any]]) -> Iterator[SourceQuestion]:
+        ids = [set(_annotation_ids(ref, source)) for source, ref in (one, other)]
+        if not ids[0] or not ids[1] or ids[0] & ids[1]:
+            return
+        first, second = (next(self._questions(ref, source)) for source, ref in (one, other))
+        yield SourceQuestion(
+            row_id=f"{first.row_id}+{second.row_id}",
+            text=f"'{first.text}' and '{second.text}'",
+            masks=first.masks + second.masks,
+            kind=SEVERAL_KIND,
+        )
 
     def _mask(self, annotation_id: int, ref: dict[str, Any], source: str) -> Mask:
         annotation = self.instances.annotations.get(annotation_id)
