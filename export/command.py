@@ -132,10 +132,8 @@ def execute(arguments: argparse.Namespace) -> int:
     for option, folder in (("--policy", arguments.policy), ("--segmenter", arguments.segmenter)):
         if folder is not None:
             _check_checkpoint(folder, option)
-    if arguments.policy is None and (arguments.flavour or arguments.max_length):
-        raise ExportError(
-            "expected --policy with --flavour or --max-length: the graphs of --base are taken as they are"
-        )
+    if arguments.policy is None and arguments.max_length:
+        raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
     with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
