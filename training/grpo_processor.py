@@ -48,15 +48,19 @@ def load_processor(policy: str) -> PictureProcessor:
     """The processor of a policy's folder (or hub name), padding and cutting on the left as TRL samples.
 
     Raises:
-        SegZeroError: the tokenizer lacks a token that the turns need.
+        SegZeroError: there is no policy, or its tokenizer lacks a token that the turns need.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        policy, padding_side="left", truncation_side="left"
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            policy, padding_side="left", truncation_side="left"
+        )
+        vision: Any = Qwen2_5_VLConfig.from_pretrained(policy).vision_config
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SegZeroError(f"expected a Qwen2.5-VL policy in {policy}, could not read one: {reason}") from error
     for token in (IMAGE_TOKEN, "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"):
         if token not in tokenizer.get_vocab():
             raise SegZeroError(f"expected the token {token} in the tokenizer of {policy}, found none")
-    vision: Any = Qwen2_5_VLConfig.from_pretrained(policy).vision_config
     image_processor = DistinctPictureProcessor(
         do_resize=False,
         patch_size=vision.patch_size,
