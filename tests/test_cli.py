@@ -137,6 +137,7 @@ def test_the_version_is_the_packages(segzero: Any) -> None:
         (["eval", ""], "annotations.jsonl"),
         (["eval", "docs", "--limit", "99999999999"], "below 10^9"),
         (["bench", "--images", "setup.py"], "pictures"),
+        (["bench", "--questions", "999999999"], "at most 100000"),
         (["eval", "tests", "--records", f"{'n' * 300}.jsonl"], "too long"),
         (["bench", "--images", "n" * 300], "too long"),
     ],

@@ -39,6 +39,8 @@ _QUESTIONS = (
     "something to drink from",
     "the elephant",
 )
+MAX_QUESTIONS = 100_000
+"""Every latency is kept for the percentiles; hours are enough of a measurement."""
 _PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 _DRAWN_SIZE_HW = (480, 640)
 
@@ -57,6 +59,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     from segzero_rt.environment import bundle_card, environment_card, peak_memory_bytes
 
+    if arguments.questions > MAX_QUESTIONS:
+        raise DatasetError(f"expected at most {MAX_QUESTIONS} questions, got {arguments.questions}; ask for fewer")
     tasks = list(make_tasks(arguments.images, arguments.questions))
     start_s = time.perf_counter()
     pipeline = load_pipeline(arguments)
