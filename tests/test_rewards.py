@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from segzero_rt.answer_format import SEG_ZERO, VISION_REASONER
 from segzero_rt.answer_parser import MODES, ParseMode
@@ -23,6 +24,7 @@ from training.rewards import (
     REQUIRED_COLUMNS,
     Case,
     Reward,
+    cases_of,
     check_columns,
     check_seg_zero_row,
     check_vision_reasoner_row,
@@ -336,6 +338,20 @@ def test_scores_a_batch_as_trl_hands_it_over() -> None:
             "think_format": [1, 1, 1], "answer_format": [2, 0, 2], "accuracy": [3, 0, 0], "non_repeat": [1, 1, 1],
         }  # fmt: skip
         assert all(type(value) is float for column in found.values() for value in column)
+
+
+def test_rows_survive_the_data_set_that_trl_reads() -> None:
+    masked = RowObject(box_xyxy=(10, 20.5, 30, 40), mask_rle={"size": [4, 6], "counts": "0h0"}, points_xy=((20, 30),))
+    truths: list[tuple[RowObject, ...]] = [(), (MUG,), (masked, PLATE)]
+    rows = [
+        TrainingRow(row_id=f"r{n}", question="q", image=Path("x.png"), input_size_hw=SIZE_HW, objects=truth)
+        for n, truth in enumerate(truths)
+    ]
+    data = Dataset.from_list([row.to_columns() for row in rows])
+    texts = [reply(f"[{MUG_ITEM}]")] * 3
+    columns = {name: data[:][name] for name in data.column_names}
+    assert [one.objects for one in cases_of(texts, columns)] == truths
+    assert vision_reasoner_rewards()[2](["p"] * 3, texts, **columns) == [0, 3, 0]
 
 
 def test_rewards_can_be_pickled_for_workers() -> None:

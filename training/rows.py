@@ -79,8 +79,8 @@ class RowObject:
 
     def to_json(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
-            "box_xyxy": list(self.box_xyxy),
-            "points_xy": [list(point) for point in self.points_xy],
+            "box_xyxy": [float(value) for value in self.box_xyxy],  # one type, also where Arrow infers it
+            "points_xy": [[float(x), float(y)] for x, y in self.points_xy],
         }
         if self.mask_rle is not None:
             entry["mask_rle"] = dict(self.mask_rle)
