@@ -468,5 +468,5 @@ def test_refs_that_would_run_something_are_refused(tmp_path: Path) -> None:
             RefCocoReader(instances, path, split="train")
 
 
-def test_helpers_write_pictures() -> None:
+def test_pictures_of_these_sets_are_png_files() -> None:
     assert encoded(picture(4, 6))[:4] == b"\x89PNG"
