@@ -7,13 +7,14 @@ a batch of prompts into sampled tokens, the other scores given tokens. All else 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -52,6 +53,10 @@ class SegmentationGrpoTrainer(GRPOTrainer):
         finally:
             self.generation_config, self.generation_kwargs = config, options
 
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(sampler, lambda: int(self.state.epoch or 0))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Checkpoints keep the names that the model's modules have now.
 
@@ -73,6 +78,28 @@ class SegmentationGrpoTrainer(GRPOTrainer):
         tied = set(self.model.all_tied_weights_keys) if isinstance(self.model, PreTrainedModel) else set()
         if missing := sorted(set(load_result.missing_keys) - tied):
             raise SegZeroError(f"expected every weight in the checkpoint, {len(missing)} are missing: {missing[0]}, …")
+
+
+class EpochSampler(Sampler[int]):
+    """TRL's sampler, whose order within an epoch depends on the seed and the epoch alone.
+
+    Its own order depends on the epochs that this process has seen: a run that goes on in its second epoch would see the
+    first one's order again.
+
+    Args:
+        sampler: TRL's, shuffling with its own generator.
+        epoch: number of the epoch that begins, from 0.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self.sampler, self.epoch = sampler, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator.manual_seed(self.sampler.seed + self.epoch())
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class SharedPromptGrpoTrainer(SegmentationGrpoTrainer):
