@@ -54,7 +54,7 @@ class Preset:
     max_new_tokens: int
     flavour: str = "ort"
     storage: str = "float16"
-    """Weights in the files: "float16" and "float32" are computed in float32, "int8" holds for the policy alone."""
+    """Weights in the files: "float16" and "float32" are computed in float32, "int8" in int8 where that is faster."""
 
     def __post_init__(self) -> None:
         if self.answer_format not in FORMATS or self.resampler not in RESAMPLERS:
@@ -105,7 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="name in the manifest (default: the preset's)")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default answer format (default: the preset's)")
-    parser.add_argument("--flavour", choices=("ort", "portable"), help="decoder flavour (default: the preset's)")
+    parser.add_argument("--flavour", choices=("ort", "portable"), help="operators: ort for ONNX Runtime's own")
     parser.add_argument("--storage", choices=("float16", "float32", "int8"), help="weights in the files (preset's)")
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens of the KV cache")
     parser.add_argument("--gate-images", type=Path, metavar="DIR", help="pictures that the gates compare on")
@@ -235,9 +235,9 @@ def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]
 def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> SegmenterExport:
     export_segmenter = _imported("segmenter").export_segmenter
     _say(f"segmenter: {folder}")
-    # Hiera loses too much in 8 bits, and is small: the policy alone is stored so.
-    storage = "float16" if preset.storage == "int8" else preset.storage
-    exported: SegmenterExport = export_segmenter(folder, work, storage=storage, pictures=pictures)
+    exported: SegmenterExport = export_segmenter(
+        folder, work, storage=preset.storage, flavour=preset.flavour, pictures=pictures
+    )
     return exported
 
 

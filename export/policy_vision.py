@@ -114,17 +114,8 @@ class _VisionAttention:
         return builder.reshape(builder.rotate(heads, self._cos, self._sin), [0, 0, sizes.hidden_size])
 
     def _attend_all(self, query: str, key: str, value: str) -> str:
-        builder, sizes = self._builder, self._sizes
-        if builder.fused:
-            return builder.node("MultiHeadAttention", [query, key, value], domain=MICROSOFT, num_heads=sizes.num_heads)
-        parts = [
-            builder.node(
-                "Transpose", [builder.reshape(part, [0, 0, sizes.num_heads, sizes.head_dim])], perm=[0, 2, 1, 3]
-            )
-            for part in (query, key, value)
-        ]
-        mixed = builder.node("Transpose", [self._mix(*parts, bias=None)], perm=[0, 2, 1, 3])
-        return builder.reshape(mixed, [0, 0, sizes.hidden_size])
+        sizes = self._sizes
+        return self._builder.attention(query, key, value, num_heads=sizes.num_heads, head_dim=sizes.head_dim)
 
     def _attend_windows(self, query: str, key: str, value: str) -> str:
         """Gathers patches to [batch, windows, slots, ...], attends inside each window, and puts them back."""
@@ -134,22 +125,19 @@ class _VisionAttention:
             slots = builder.node("Gather", [part, "window_patches"], axis=1)
             heads = builder.reshape(slots, [0, 0, 0, sizes.num_heads, sizes.head_dim])
             parts.append(builder.node("Transpose", [heads], perm=[0, 1, 3, 2, 4]))
-        mixed = builder.node("Transpose", [self._mix(*parts, bias="window_bias")], perm=[0, 1, 3, 2, 4])
+        mixed = builder.node("Transpose", [self._mix(*parts)], perm=[0, 1, 3, 2, 4])
         flat = builder.reshape(
             mixed,
             builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, sizes.hidden_size])], axis=0),
         )
         return builder.node("Gather", [flat, "patch_slots"], axis=1)
 
-    def _mix(self, query: str, key: str, value: str, bias: str | None) -> str:
-        """Softmax attention over the two last axes."""
+    def _mix(self, query: str, key: str, value: str) -> str:
+        """Softmax attention inside windows, over the two last axes."""
         builder = self._builder
-        rank = 4 if bias is None else 5
-        perm = [*range(rank - 2), rank - 1, rank - 2]
         scaled = builder.node("Mul", [query, builder.constant(self._sizes.head_dim**-0.5, "float32")])
-        scores = builder.node("MatMul", [scaled, builder.node("Transpose", [key], perm=perm)])
-        if bias is not None:
-            scores = builder.node("Add", [scores, bias])
+        scores = builder.node("MatMul", [scaled, builder.node("Transpose", [key], perm=[0, 1, 2, 4, 3])])
+        scores = builder.node("Add", [scores, "window_bias"])
         return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
 
 

@@ -30,17 +30,17 @@ from segzero_rt.graph_spec_segmenter import (
 )
 from segzero_rt.manifest import SegmenterGraphs, SegmenterManifest
 
+from .graph_builder import STORAGES, float_storage
 from .onnx_weights import store_weights_fp16
-from .segmenter_graphs import ImageEncoderGraph, MaskDecoderGraph
+from .segmenter_encoder import build_image_encoder
+from .segmenter_graphs import MaskDecoderGraph
 
 OPSET, IR_VERSION = 18, 8
-"""What ONNX Runtime 1.23 and TensorRT 10.3 both load."""
+"""Of the mask decoder: what ONNX Runtime 1.23 and TensorRT 10.3 both load."""
 
 ENCODER_FILE, DECODER_FILE = "segmenter/image_encoder.onnx", "segmenter/mask_decoder.onnx"
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """SAM 2's normalisation, that of ImageNet."""
-
-STORAGES = ("float16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +60,8 @@ EXACT = SegmenterGateLimits(max_logit_error=1e-3, max_score_error=1e-3, min_mask
 """Weights stored as they are."""
 ROUNDED = SegmenterGateLimits(max_logit_error=0.2, max_score_error=0.02, min_mask_iou=0.95, mean_mask_iou=0.99)
 """Weights rounded to fp16, arithmetic in fp32."""
+QUANTIZED = SegmenterGateLimits(max_logit_error=0.2, max_score_error=0.02, min_mask_iou=0.9, mean_mask_iou=0.99)
+"""The encoder's products in int8."""
 
 MIN_GATE_PIXELS = 16
 """At the mask decoder's own size: one pixel of a smaller mask is already several percent of it."""
@@ -110,31 +112,39 @@ def segmenter_manifest(model: Sam2Model) -> SegmenterManifest:
 
 
 def export_segmenter(
-    hf_folder: Path, out_dir: Path, *, storage: str = "float16", pictures: Sequence[NDArray[np.uint8]] = ()
+    hf_folder: Path,
+    out_dir: Path,
+    *,
+    storage: str = "float16",
+    flavour: str = "ort",
+    pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> SegmenterExport:
     """Writes both graphs under `out_dir` and measures them against the checkpoint.
 
     Args:
         hf_folder: transformers folder of a `Sam2Model` of any size.
         out_dir: gets `segmenter/*.onnx`.
-        storage: "float16" (large weights rounded, arithmetic in float32) or "float32".
+        storage: "float16" (large weights rounded, arithmetic in float32), "float32", or "int8" (the encoder's products
+            in int8, flavour "ort" alone; all else as "float16").
+        flavour: of the encoder: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
         pictures: uint8 [H, W, 3] to gate on; noise is always tried too.
 
     Raises:
         ExportError: not such a checkpoint, a weight beyond fp16, or the graphs differ too much from it.
     """
     if storage not in STORAGES:
-        raise ExportError(f"expected weights stored as {' or '.join(STORAGES)}, got {storage!r}")
+        raise ExportError(f"expected weights stored as {', '.join(STORAGES)}, got {storage!r}")
     model = load_checkpoint(hf_folder)
     manifest = segmenter_manifest(model)
     encoder_path, decoder_path = out_dir / ENCODER_FILE, out_dir / DECODER_FILE
     encoder_path.parent.mkdir(parents=True, exist_ok=True)
-    export_image_encoder(model, encoder_path, storage=storage)
-    export_mask_decoder(model, decoder_path, storage=storage)
-    limits = EXACT if storage == "float32" else ROUNDED
+    encoder_spec, _ = segmenter_specs(model)
+    build_image_encoder(model, encoder_spec, flavour=flavour, storage=storage).save(encoder_path)
+    export_mask_decoder(model, decoder_path, storage=float_storage(storage))
+    limits = {"float32": EXACT, "float16": ROUNDED, "int8": QUANTIZED}[storage]
     gate = gate_segmenter(model, encoder_path, decoder_path, pictures=pictures, limits=limits)
     files = {ENCODER_FILE: encoder_path, DECODER_FILE: decoder_path}
-    return SegmenterExport(files=files, manifest=manifest, gate=gate | {"storage": storage})
+    return SegmenterExport(files=files, manifest=manifest, gate=gate | {"storage": storage, "flavour": flavour})
 
 
 def segmenter_specs(model: Sam2Model) -> tuple[GraphSpec, GraphSpec]:
@@ -143,13 +153,6 @@ def segmenter_specs(model: Sam2Model) -> tuple[GraphSpec, GraphSpec]:
     mask_size_hw = (side // 4, side // 4)
     encoder = image_encoder_spec(input_size_hw=(side, side), mask_size_hw=mask_size_hw, hidden_size=hidden_size)
     return encoder, mask_decoder_spec(mask_size_hw=mask_size_hw, hidden_size=hidden_size)
-
-
-def export_image_encoder(model: Sam2Model, path: Path, *, storage: str) -> None:
-    """Writes the encoder's graph: pixels to features, for any number of pictures."""
-    spec, _ = segmenter_specs(model)
-    example = torch.zeros(2, *spec.inputs[0].shape[1:])
-    _write(ImageEncoderGraph(model, spec.inputs[0].shape[2:]), (example,), spec, path, storage)
 
 
 def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str) -> None:

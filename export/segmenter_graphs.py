@@ -1,20 +1,16 @@
-"""SAM 2's image encoder and its prompt and mask decoder, as modules that export to ONNX.
+"""SAM 2's prompt and mask decoder, as a module that exports to ONNX.
 
-Both hold the checkpoint's own submodules of transformers' `Sam2Model`, whatever its size. Where they depart from its
+It holds the checkpoint's own submodules of transformers' `Sam2Model`, whatever its size. Where it departs from its
 forward pass:
 
 1. Attention is written out as matrix products and softmax: plain operators that every parser takes, TensorRT 10.3
    included, and that ONNX Runtime fuses by itself.
-2. Hiera's absolute position table (bicubic interpolation, tiling) depends on the input's size alone, which is fixed in
-   the graph: it is worked out at export and stored. So are the decoder's picture-wide positions.
-3. A product of queries and keys that transformers' Hiera computes and drops is not computed.
-4. Windows are cut by reshape and transpose with lengths known at export; padding exists only where a stage needs it.
-5. A box arrives as two labelled points, and the filler point as a third, as in SAM 2's own predictor; labels become
+2. A box arrives as two labelled points, and the filler point as a third, as in SAM 2's own predictor; labels become
    embeddings by comparison instead of look-up, which leaves no index out of range to a caller's mistake.
-6. Mask prompts are left out: no policy gives them, so the "no mask" embedding is added to the picture once.
-7. All four masks come out with their scores; choosing among them (multimask or not, stability rule) is the host's.
-8. The picture is not repeated per object before the first layer needs it: broadcasting does that, and the result for
-   any object is the same.
+3. Mask prompts are left out: no policy gives them, so the "no mask" embedding is added to the picture once.
+4. All four masks come out with their scores; choosing among them (multimask or not, stability rule) is the host's.
+5. The picture is not repeated per object before the first layer needs it: broadcasting does that, and the result for
+   any object is the same. Its positions are worked out at export.
 """
 
 from __future__ import annotations
@@ -22,115 +18,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam2Model
-from transformers.models.sam2.modeling_sam2 import Sam2Attention, Sam2MultiScaleBlock, Sam2TwoWayAttentionBlock
+from transformers.models.sam2.modeling_sam2 import Sam2Attention, Sam2TwoWayAttentionBlock
 
 from segzero_rt.graph_spec_segmenter import LABEL_NOTHING
-
-
-class ImageEncoderGraph(nn.Module):
-    """pixel_values (B, 3, H, W) -> image_embeddings, high_res_features_0, high_res_features_1. H and W are fixed."""
-
-    def __init__(self, model: Sam2Model, input_size_hw: tuple[int, int]) -> None:
-        super().__init__()
-        backbone = model.vision_encoder.backbone
-        self.patch = backbone.patch_embed.projection
-        self.neck = model.vision_encoder.neck
-        self.num_levels = model.vision_encoder.num_feature_levels
-        self.fine, self.middle = model.mask_decoder.conv_s0, model.mask_decoder.conv_s1
-        self.no_memory = nn.Buffer(model.no_memory_embedding.detach().reshape(1, -1, 1, 1))
-        with torch.no_grad():
-            size_hw = self.patch(torch.zeros(1, self.patch.in_channels, *input_size_hw)).shape[-2:]
-            self.positions = nn.Buffer(backbone._get_pos_embed(size_hw).detach())
-        blocks, ends = [], set(backbone.stage_ends)
-        for block in backbone.blocks:
-            blocks.append(_Block(block, size_hw))
-            size_hw = blocks[-1].size_out_hw
-        self.blocks = nn.ModuleList(blocks)
-        self.ends = [index in ends for index in range(len(blocks))]
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = self.patch(pixel_values).permute(0, 2, 3, 1) + self.positions  # (B, H/4, W/4, C)
-        stages = []
-        for block, is_end in zip(self.blocks, self.ends, strict=True):
-            hidden = block(hidden)
-            if is_end:
-                stages.append(hidden)
-        levels = self._pyramid(stages)
-        return levels[2] + self.no_memory, self.fine(levels[0]), self.middle(levels[1])
-
-    def _pyramid(self, stages: list[Tensor]) -> list[Tensor]:
-        """The neck without its position encodings, finest level first."""
-        last = len(stages) - 1
-        levels: list[Tensor] = []
-        for index in range(last, -1, -1):
-            level = self.neck.convs[last - index](stages[index].permute(0, 3, 1, 2))
-            if index in self.neck.fpn_top_down_levels and index != last:
-                level = level + F.interpolate(levels[-1], scale_factor=2.0, mode="nearest")
-            levels.append(level)
-        return levels[-self.num_levels :][::-1]
-
-
-class _Block(nn.Module):
-    """One Hiera block at a known size (departures 1, 3 and 4)."""
-
-    def __init__(self, block: Sam2MultiScaleBlock, size_hw: tuple[int, int]) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.mlp = block.layer_norm1, block.layer_norm2, block.mlp
-        self.qkv, self.out = block.attn.qkv, block.attn.proj
-        self.heads, self.scale = block.attn.num_attention_heads, block.attn.scale
-        self.widen = block.proj if block.dim != block.dim_out else None
-        self.stride = int(block.query_stride[0]) if block.query_stride else 1
-        self.size_hw = (int(size_hw[0]), int(size_hw[1]))
-        # Without windows, the whole map is one window.
-        self.window_hw = (block.window_size, block.window_size) if block.window_size else self.size_hw
-        self.size_out_hw = (self.size_hw[0] // self.stride, self.size_hw[1] // self.stride)
-        self.grid_hw = tuple(math.ceil(n / w) for n, w in zip(self.size_hw, self.window_hw, strict=True))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        normed = self.norm1(hidden)
-        residual = hidden if self.widen is None else self._pool(self.widen(normed))
-        hidden = residual + self._join(self._attend(self._split(normed)))
-        return hidden + self.mlp(self.norm2(hidden))
-
-    def _pool(self, hidden: Tensor) -> Tensor:
-        if self.stride == 1:
-            return hidden
-        return F.max_pool2d(hidden.permute(0, 3, 1, 2), self.stride, self.stride).permute(0, 2, 3, 1)
-
-    def _split(self, hidden: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B * windows, h, w, C)."""
-        rows, columns = (grid * window for grid, window in zip(self.grid_hw, self.window_hw, strict=True))
-        if (rows, columns) != self.size_hw:
-            hidden = F.pad(hidden, (0, 0, 0, columns - self.size_hw[1], 0, rows - self.size_hw[0]))
-        if self.grid_hw == (1, 1):
-            return hidden
-        (gh, gw), (h, w) = self.grid_hw, self.window_hw
-        return hidden.reshape(-1, gh, h, gw, w, hidden.shape[-1]).transpose(2, 3).reshape(-1, h, w, hidden.shape[-1])
-
-    def _attend(self, windows: Tensor) -> Tensor:
-        """(B', h, w, C) -> (B', h / stride, w / stride, C')."""
-        h, w = self.window_hw
-        query, key, value = self.qkv(windows).chunk(3, dim=-1)
-        query = self._pool(query)
-        queries, keys = (h // self.stride) * (w // self.stride), h * w
-        width = query.shape[-1] // self.heads
-        query = query.reshape(-1, queries, self.heads, width).transpose(1, 2) * self.scale
-        key = key.reshape(-1, keys, self.heads, width).permute(0, 2, 3, 1)
-        value = value.reshape(-1, keys, self.heads, width).transpose(1, 2)
-        mixed = torch.softmax(query @ key, dim=-1) @ value
-        mixed = mixed.transpose(1, 2).reshape(-1, h // self.stride, w // self.stride, self.heads * width)
-        return self.out(mixed)
-
-    def _join(self, windows: Tensor) -> Tensor:
-        """Undoes `_split`, at the size after pooling."""
-        (gh, gw), (h, w) = self.grid_hw, tuple(length // self.stride for length in self.window_hw)
-        channels = windows.shape[-1]
-        if self.grid_hw != (1, 1):
-            windows = windows.reshape(-1, gh, gw, h, w, channels).transpose(2, 3).reshape(-1, gh * h, gw * w, channels)
-        return windows[:, : self.size_out_hw[0], : self.size_out_hw[1]]
 
 
 class MaskDecoderGraph(nn.Module):
