@@ -3,7 +3,7 @@
 Departures from SAM 2's training code:
 1. Masks are compared at half of the input side against area-averaged (soft) truth, not at full side against hard truth.
 2. Besides the picture-wide focal term, plain cross-entropy averaged over the neighbourhood of the truth, so that small
-   things weigh as much as large ones; pixels at the truth's edge weigh thrice.
+   things weigh as much as large ones; pixels at the truth's edge weigh twice.
 3. The single-mask token is trained in every step. A prompt with a box is clear, so all three ambiguous masks are
    trained to it as well; for bare points only the best of them is, as in SAM. (Policies ask with boxes and take the
    best scored of the three: three readings of one box would make that a lottery.)
@@ -25,7 +25,7 @@ from .segmenter_model import Predictions
 
 FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, READOUT_WEIGHT = 20.0, 1.0, 1.0, 1.0, 0.2, 1.0
 FOCAL_GAMMA = 2.0
-EDGE_WEIGHT = 2.0
+EDGE_WEIGHT = 1.0
 """What a pixel at the truth's edge weighs in the neighbourhood, on top of 1: most of what was still lost was there."""
 
 
