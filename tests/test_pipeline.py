@@ -136,7 +136,8 @@ def test_ugly_sizes(saying: Callable[..., SegZero], size_hw: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("question", ["", " ", "?", "a" * 20_000, None, 3], ids=lambda value: str(value)[:5])
-def test_questions_that_cannot_be_asked(pipeline: SegZero, question: Any) -> None:
+def test_questions_that_cannot_be_asked(pipeline: SegZero, monkeypatch: pytest.MonkeyPatch, question: Any) -> None:
+    monkeypatch.setattr(pipeline, "look", lambda _: pytest.fail("looked at the picture first"))
     with pytest.raises(QuestionError):
         pipeline(PICTURE, question)
 

@@ -133,15 +133,25 @@ def test_text_goes_round(pair: tuple[Tokenizer, Any]) -> None:
 def test_ten_thousand_characters_take_no_time(pair: tuple[Tokenizer, Any], text: str) -> None:
     start = time.process_time()
     assert pair[0].decode(pair[0].encode(text, special=False)) == text
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 1
 
 
 def test_random_letters_without_a_space_take_no_time(pair: tuple[Tokenizer, Any]) -> None:
     generator = random.Random(4)
-    text = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=2_500))
+    text = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=10_000))
     start = time.process_time()
-    assert pair[0].encode(text, special=False) == pair[1].encode(text, add_special_tokens=False).ids
-    assert time.process_time() - start < 5
+    numbers = pair[0].encode(text, special=False)
+    assert time.process_time() - start < 1  # 2 s when every merge went through the whole word
+    assert numbers == pair[1].encode(text, add_special_tokens=False).ids
+
+
+def test_words_of_few_letters_and_any_length(pair: tuple[Tokenizer, Any]) -> None:
+    """Runs of equal letters, where pairs overlap and merges compete."""
+    generator = random.Random(5)
+    for length in range(1, 120):
+        for letters in ("a", "ab", "eist", "é漢"):
+            text = "".join(generator.choices(letters, k=length))
+            assert pair[0].encode(text, special=False) == pair[1].encode(text, add_special_tokens=False).ids, text
 
 
 def test_half_a_surrogate_pair_is_the_callers_mistake(pair: tuple[Tokenizer, Any]) -> None:
