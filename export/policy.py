@@ -82,7 +82,7 @@ def export_policy(
     lossless = write_token_table(checkpoint, folder, storage=storage)
     for name, builder in (
         ("embedding", build_embedding(checkpoint, storage=storage)),
-        ("vision", build_vision(checkpoint, flavour=flavour, storage=storage)),
+        ("vision", build_vision(checkpoint, flavour=flavour, storage=storage, input_size_hw=input_size_hw)),
         ("decoder", build_decoder(checkpoint, flavour=flavour, storage=storage)),
     ):
         builder.save(folder / f"{name}.onnx")

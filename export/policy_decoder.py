@@ -1,12 +1,12 @@
 """The policy's decoder as a graph, node by node, in two flavours (see `decoder_spec`).
 
     inputs_embeds ─► layers × [ norm ─► qkv ─► attention with cache ─► o ─► + norm ─► gate·up ─► down ─► + ] ─► norm
-                  ─► rows asked for ─► output layer ─► logits
+                  ─► output layer ─► logits
 
 Where this departs from transformers' `Qwen2_5_VLTextModel` (same numbers, other arithmetic order):
-1. q, k and v are one matrix, gate and up are one matrix;
+1. q, k and v are one matrix;
 2. rotary values come in from the host, which knows the picture's positions;
-3. the output layer sees only the rows asked for;
+3. behind the last layer's attention, which fills the cache, only the rows asked for go on;
 4. `portable` scores cached and new tokens separately, so that the cache is never copied to append to it.
 """
 
@@ -46,7 +46,10 @@ def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -
             weights = _LayerWeights(checkpoint, layer)
             x, residual = _norm(builder, branch, residual, "input_layernorm", weights.norm("input_layernorm"), text)
             packed = builder.linear(x, "qkv", *weights.qkv())
-            branch = builder.linear(attention.attend(packed, layer), "o", weights.o())
+            mixed = attention.attend(packed, layer)
+            if layer == text.num_layers - 1:
+                mixed, residual = _rows_asked_for(builder, mixed, residual)
+            branch = builder.linear(mixed, "o", weights.o())
             x, residual = _norm(builder, branch, residual, "post_norm", weights.norm("post_attention_layernorm"), text)
             branch = _feed_forward(builder, x, weights, text)
     final = checkpoint.tensor("model.language_model.norm.weight", (text.hidden_size,))
@@ -77,9 +80,9 @@ class _LayerWeights:
     def o(self) -> np.ndarray:
         return self._get("self_attn.o_proj.weight", (self._text.hidden_size, self._text.hidden_size))
 
-    def gate_up(self) -> np.ndarray:
-        shape = (self._text.intermediate_size, self._text.hidden_size)
-        return np.concatenate([self._get(f"mlp.{part}_proj.weight", shape) for part in ("gate", "up")])
+    def widening(self, part: str) -> np.ndarray:
+        """Of "gate" or "up"."""
+        return self._get(f"mlp.{part}_proj.weight", (self._text.intermediate_size, self._text.hidden_size))
 
     def down(self) -> np.ndarray:
         return self._get("mlp.down_proj.weight", (self._text.hidden_size, self._text.intermediate_size))
@@ -170,28 +173,31 @@ def _norm(
     return builder.add_rms_norm(branch, residual, name, weight, text.rms_norm_eps)
 
 
+def _rows_asked_for(builder: GraphBuilder, *tensors: str) -> list[str]:
+    """[batch, new, hidden] to [batch, rows, hidden] of each."""
+    rows = builder.node("Unsqueeze", ["logits_rows", builder.constant([-1])])
+    return [builder.node("GatherND", [tensor, rows], batch_dims=1) for tensor in tensors]
+
+
 def _feed_forward(builder: GraphBuilder, x: str, weights: _LayerWeights, text: TextSizes) -> str:
-    packed = builder.linear(x, "gate_up", weights.gate_up())
-    gate, up = builder.nodes("Split", [packed], [builder.name("gate"), builder.name("up")], axis=-1)
+    gate, up = (builder.linear(x, part, weights.widening(part)) for part in ("gate", "up"))
     return builder.linear(builder.node("Mul", [builder.silu(gate), up]), "down", weights.down())
 
 
 def _output_layer(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
-    """Logits of the rows asked for. Tied weights are read from the token table's own file."""
+    """Logits. Tied weights are read from the token table's own file."""
     text = checkpoint.text
-    rows = builder.node("Unsqueeze", ["logits_rows", builder.constant([-1])])
-    picked = builder.node("GatherND", [x, rows], batch_dims=1)
     shape = (text.vocab_size, text.hidden_size)
     if builder.storage == "int8":  # a copy of its own, small: tied weights are looked up as floats, multiplied as int8
         weight = checkpoint.tensor(TOKEN_TABLE_KEY if text.tied else "lm_head.weight", shape)
-        builder.node("Identity", [builder.linear(picked, "lm_head", weight)], output="logits")
+        builder.node("Identity", [builder.linear(x, "lm_head", weight)], output="logits")
         return
     if text.tied:
         table = builder.as_float32(builder.external_weight("token_table", shape, TABLE_FILE))
     else:
         table = builder.weight("lm_head", checkpoint.tensor("lm_head.weight", shape))
     # Gemm and not MatMul: it takes the table as it lies on disk, [vocab, hidden], but only knows two axes.
-    flat = builder.node("Gemm", [builder.reshape(picked, [-1, text.hidden_size]), table], transB=1)
+    flat = builder.node("Gemm", [builder.reshape(x, [-1, text.hidden_size]), table], transB=1)
     sizes = builder.node(
         "Concat", [builder.node("Shape", ["logits_rows"]), builder.constant([text.vocab_size])], axis=0
     )

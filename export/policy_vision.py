@@ -6,7 +6,8 @@
 Where this departs from transformers' `Qwen2_5_VisionTransformerPretrainedModel` (same numbers, other arithmetic order):
 1. one frame: the published weights convolve two copies of it, so the two halves of the kernel are added at export;
 2. patches come in window order from the host, as do windows and rotary values;
-3. windows are padded to one length and attended in one batch; the original takes them one by one;
+3. windows are padded to one length and attended in one batch; the original takes them one by one. Where the picture's
+   size leaves no window cut, they are consecutive rows, and what describes them is not read;
 4. biases before a norm are added by it.
 """
 
@@ -22,12 +23,15 @@ from .policy_checkpoint import PolicyCheckpoint, VisionSizes
 _EPSILON = 1e-6  # of every norm in the tower; fixed in the original too
 
 
-def build_vision(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
+def build_vision(
+    checkpoint: PolicyCheckpoint, *, flavour: str, storage: str, input_size_hw: tuple[int, int] | None = None
+) -> GraphBuilder:
     """The vision tower's graph. Between its attentions, all patches of all pictures stand in one matrix.
 
     Args:
         flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
         storage: precision of the weights in the file, "float16", "float32" or "int8".
+        input_size_hw: the one size of pictures that the graph is for; any by default.
     """
     sizes = checkpoint.vision
     patch_dim = sizes.channels * sizes.patch_size**2
@@ -36,7 +40,8 @@ def build_vision(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) ->
     # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
     patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint).T, exact=True)
     residual = builder.node("MatMul", [builder.reshape("patches", [-1, patch_dim]), patch_weight])
-    attention = _VisionAttention(builder, sizes)
+    whole = input_size_hw is not None and not any(length % sizes.window_size for length in input_size_hw)
+    attention = _VisionAttention(builder, sizes, whole_windows=whole)
     branch: _Branch | None = None
     for block in range(sizes.depth):
         with builder.scope(f"blocks.{block}"):
@@ -77,9 +82,10 @@ _Branch = tuple[str, np.ndarray]
 class _VisionAttention:
     """Attention of patches with all others of the picture, or with those of their own window."""
 
-    def __init__(self, builder: GraphBuilder, sizes: VisionSizes) -> None:
+    def __init__(self, builder: GraphBuilder, sizes: VisionSizes, *, whole_windows: bool) -> None:
         self._builder = builder
         self._sizes = sizes
+        self._window_rows = (sizes.window_size // sizes.patch_size) ** 2 if whole_windows else None
         per_picture = [builder.lengths("patches", 0, 1), builder.constant([sizes.hidden_size])]
         self._per_picture = builder.node("Concat", per_picture, axis=0)
         if builder.fused:
@@ -102,7 +108,13 @@ class _VisionAttention:
             for i, part in enumerate("qkv")
         )
         query, key = self._rotate(query), self._rotate(key)
-        mixed = self._attend_all(query, key, value) if everywhere else self._attend_windows(query, key, value)
+        if everywhere:
+            mixed = self._attend_all(query, key, value)
+        elif self._window_rows is not None:
+            rows = [builder.reshape(part, [-1, self._window_rows, width]) for part in (query, key, value)]
+            mixed = self._attend_all(*rows)
+        else:
+            mixed = self._attend_windows(query, key, value)
         return builder.reshape(mixed, [-1, width])
 
     def _rotate(self, x: str) -> str:
