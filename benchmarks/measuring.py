@@ -20,7 +20,7 @@ from segzero_rt.graph import default_threads
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     *("segzero-rt", "numpy", "onnxruntime", "opencv-python-headless", "pillow", "tokenizers"),
-    *("torch", "transformers", "safetensors"),
+    *("torch", "transformers", "safetensors", "trl", "accelerate"),
 )
 
 
