@@ -194,6 +194,21 @@ class BoundGraph:
             else:
                 self._binding.bind_ortvalue_output(name, buffer)
 
+    def rebind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Puts other arrays of the host in the place of some, of any length along dynamic axes; the rest stays tied.
+
+        Several times cheaper than a binding of its own where a graph has many buffers. Arrays are not checked.
+        """
+        for name, array in inputs.items():
+            if name in self._host_inputs:
+                self._host_inputs[name] = array
+            else:
+                self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        self._buffers[0].update(inputs)
+        self._buffers[1].update(outputs)
+
     def run(self) -> None:
         for name, array in self._host_inputs.items():
             self._binding.bind_cpu_input(name, array)

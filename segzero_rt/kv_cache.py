@@ -171,11 +171,17 @@ class InPlaceCache(KVCache):
         self._buffers: list[Buffer] = [graph.empty(shape) for _ in range(2 * sizes.num_layers)]
         self._seqlens_k = np.zeros(batch, dtype=np.int32)
         self._total_length = np.zeros(1, dtype=np.int32)
+        self._many: BoundGraph | None = None  # of `extend`; only three of its buffers differ from call to call
 
     def _add(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> None:
         """Row by row where GroupQueryAttention demands it: several tokens that follow others, in a batch."""
         if self.batch == 1 or embeds.shape[1] == 1 or not self.lengths.any():
-            super()._add(embeds, logits_rows, logits)
+            if self._many is None:
+                self._many = self._bind(embeds, logits_rows, logits)
+            else:
+                self._many.rebind({"inputs_embeds": embeds, "logits_rows": logits_rows}, {"logits": logits})
+            self._prepare(embeds.shape[1])
+            self._many.run()
             return
         for row in range(self.batch):
             rows = slice(row, row + 1)

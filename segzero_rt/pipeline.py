@@ -101,7 +101,7 @@ class SegZero:
         _check_question(question)
         # A question that does not fit the context must not cost a look at the picture first.
         self.policy.question_tokens(question, _format(answer_format))
-        look = self.look(image_rgb)
+        look = self._look(image_rgb, ahead=False)
         result = self.ask(
             look,
             question,
@@ -122,9 +122,11 @@ class SegZero:
         Raises:
             ImageError: the picture cannot be read or has another layout.
         """
-        image_rgb = as_image(image)
+        return self._look(as_image(image), ahead=True)
+
+    def _look(self, image_rgb: ImageRgb, *, ahead: bool) -> Look:
         embedding = self._embed(image_rgb)
-        return Look(image_rgb=image_rgb, view=self.policy.look(image_rgb), embedding=embedding)
+        return Look(image_rgb=image_rgb, view=self.policy.look(image_rgb, ahead=ahead), embedding=embedding)
 
     def ask(
         self,

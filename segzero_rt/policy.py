@@ -7,6 +7,7 @@ ask(view, question):  View cut back to its prefix ─► decoder over the questi
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,14 +47,19 @@ class Generation:
     """"question" (prefill of the question) and "decode" (all tokens of the reply)."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, eq=False)
 class View:
-    """A picture that the policy has looked at: its cache ends where questions begin. One question at a time."""
+    """A picture that the policy has looked at: its cache ends where questions begin. One question at a time.
+
+    The cache belongs to the view for as long as there is one, and to a later view then.
+    """
 
     cache: KVCache
     prefix_length: int
     timings_ms: dict[str, float]
-    """"preprocess", "vision" and "prefix" (prefill up to the question)."""
+    """"preprocess", "vision" and "prefix" (prefill up to the question, unless that is left to the first question)."""
+    pending: NDArray[np.float32] | None = None
+    """What the cache still lacks of the prefix, float32 [1, tokens, hidden]; read together with the first question."""
 
 
 class Policy:
@@ -88,6 +94,7 @@ class Policy:
         self._vision, self._embedding, self._decoder = vision, embedding, decoder
         self._layout = _layout(manifest, self.preprocessor.grid_hw)
         self._layout_inputs = self._layout.inputs()
+        self._spare_caches: list[KVCache] = []
         self._rotary = MropeTable(
             head_dim=manifest.head_dim,
             theta=manifest.rope_theta,
@@ -158,8 +165,12 @@ class Policy:
     def backend(self) -> Backend:
         return self._decoder.backend
 
-    def look(self, image_rgb: NDArray[np.uint8]) -> View:
+    def look(self, image_rgb: NDArray[np.uint8], *, ahead: bool = True) -> View:
         """Takes in a picture, uint8 [H, W, 3] of any size; any number of questions may follow.
+
+        Args:
+            ahead: read everything up to the question now. False leaves it to the first question, which is then read in
+                the same run: faster as a whole where the question is there already.
 
         Raises:
             ImageError: not such an array.
@@ -172,10 +183,14 @@ class Policy:
         picture = PictureSpan(start=len(self._before_picture), grid_hw=self.preprocessor.grid_hw)
         embeds = self.embed(self.prefix_tokens)
         embeds[:, picture.start : picture.end] = features
-        cache = KVCache.create(self._decoder, _cache_sizes(self.manifest), self._rotary, picture)
-        cache.extend(embeds, np.zeros((1, 0), dtype=np.int64))
+        cache, known = self._empty_cache(picture)
+        view = View(cache=cache, prefix_length=embeds.shape[1], timings_ms=clock.timings_ms, pending=embeds[:, known:])
+        if ahead:
+            cache.extend(embeds[:, known:], np.zeros((1, 0), dtype=np.int64))
+            view.pending = None
         clock.lap("prefix")
-        return View(cache=cache, prefix_length=embeds.shape[1], timings_ms=clock.timings_ms)
+        weakref.finalize(view, self._take_back, cache).atexit = False
+        return view
 
     def ask(
         self,
@@ -210,9 +225,13 @@ class Policy:
         if view.prefix_length + len(prompt) >= view.cache.capacity:
             raise QuestionError(f"expected a reply_start that leaves room, got {len(started)} tokens; shorten it")
         clock = _Clock()
-        cache = view.cache
-        cache.truncate(view.prefix_length)
-        logits = cache.extend(self.embed(prompt), np.array([[len(prompt) - 1]], dtype=np.int64))
+        cache, embeds = view.cache, self.embed(prompt)
+        if view.pending is None:
+            cache.truncate(view.prefix_length)
+        else:
+            embeds = np.concatenate([view.pending, embeds], axis=1)
+        logits = cache.extend(embeds, np.array([[embeds.shape[1] - 1]], dtype=np.int64))
+        view.pending = None
         clock.lap("question")
         budget = min(budget, cache.capacity - int(cache.lengths[0]) + 1)
         stream = TextStream(self.chat)
@@ -259,7 +278,7 @@ class Policy:
             ImageError: the picture is not uint8 [H, W, 3].
             QuestionError: the question is empty, or leaves no room for a reply.
         """
-        view = self.look(image_rgb)
+        view = self.look(image_rgb, ahead=False)
         generation = self.ask(
             view,
             question,
@@ -304,6 +323,23 @@ class Policy:
     def _patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """In window order, [1, patches, patch_dim]."""
         return self.preprocessor.patches(image_rgb)[self._layout.patch_order][None]
+
+    def _empty_cache(self, picture: PictureSpan) -> tuple[KVCache, int]:
+        """A cache for a new view, and how many of the prefix's tokens it holds: what stands before every picture.
+
+        Allocating a cache and tying it to the graph takes longer than a token does, so they go from view to view.
+        """
+        try:
+            cache = self._spare_caches.pop()
+        except IndexError:
+            return KVCache.create(self._decoder, _cache_sizes(self.manifest), self._rotary, picture), 0
+        cache.truncate(picture.start)
+        return cache, picture.start
+
+    def _take_back(self, cache: KVCache) -> None:
+        """Keeps the cache of a view that is gone, if it was filled and none is kept yet."""
+        if not self._spare_caches and cache.lengths[0] >= len(self._before_picture):
+            self._spare_caches.append(cache)
 
     def _features(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -66,7 +67,7 @@ class ImageEncoder:
         # value of a pixel -> what the graph takes, per channel: arithmetic on 256 numbers instead of a whole picture
         levels = np.arange(256, dtype=np.float32)[:, None] * np.float32(1 / 255)
         mean, std = np.asarray(manifest.image_mean, np.float32), np.asarray(manifest.image_std, np.float32)
-        self._levels = ((levels - mean) / std).astype(np.float32)
+        self._levels = np.asfortranarray(((levels - mean) / std).astype(np.float32))
 
     @classmethod
     def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> ImageEncoder:
@@ -89,8 +90,10 @@ class ImageEncoder:
         """
         check_image(image_rgb)
         resized = resize(image_rgb, self.manifest.input_size_hw, self.manifest.resampler)
-        planes = [self._levels[:, channel][resized[..., channel]] for channel in range(3)]
-        return np.stack(planes)[None]
+        planes = np.empty((1, 3, *self.manifest.input_size_hw), np.float32)
+        for channel in range(3):
+            cv2.LUT(cv2.extractChannel(resized, channel), self._levels[:, channel], dst=planes[0, channel])
+        return planes
 
     def __call__(self, image_rgb: NDArray[np.uint8]) -> ImageEmbedding:
         """Encodes one picture, uint8 [H, W, 3] RGB.

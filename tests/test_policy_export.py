@@ -132,6 +132,29 @@ def test_views_of_several_pictures_do_not_mix(policy: Policy) -> None:
     assert alone[0] != alone[1]
 
 
+def test_a_view_left_to_its_first_question_answers_as_one_read_ahead(policy: Policy) -> None:
+    picture = random_picture(3)
+    ahead, left = policy.look(picture), policy.look(picture, ahead=False)
+    assert left.pending is not None and ahead.pending is None
+    for question in ("the red cup", "and the other one, please"):
+        assert policy.ask(left, question).token_ids == policy.ask(ahead, question).token_ids
+    assert left.pending is None
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_cache_of_a_view_that_is_gone_serves_the_next(policy: Policy, ahead: bool) -> None:
+    fresh = [policy.ask(policy.look(random_picture(seed)), "the red cup").token_ids for seed in (4, 5)]
+    kept = policy.look(random_picture(4), ahead=ahead)
+    used = kept.cache
+    policy.ask(kept, "something long that leaves its keys and values behind")
+    other = policy.look(random_picture(5), ahead=ahead)
+    assert other.cache is not used, "a view that lives keeps its cache"
+    del kept, other
+    again = policy.look(random_picture(5), ahead=ahead)
+    assert again.cache is used
+    assert policy.ask(again, "the red cup").token_ids == fresh[1] != fresh[0]
+
+
 def test_pieces_of_text_add_up_and_come_while_it_runs(policy: Policy) -> None:
     pieces: list[str] = []
     generation = policy.answer(random_picture(5), "the red cup", on_token=pieces.append)
