@@ -54,8 +54,8 @@ def draw_targets(
     rng: np.random.Generator, instances: np.ndarray, parts: np.ndarray, kind: PromptKind, count: int
 ) -> list[Target]:
     """`count` prompts on one picture: mostly whole things, some parts, a few on nothing or what things lie on."""
-    things = _Queue(rng, instances)
-    pieces = _Queue(rng, parts)
+    things = _Queue(rng, instances, thin_first=not bool(parts.any()))  # scenes have no parts
+    pieces = _Queue(rng, parts, thin_first=False)
     targets = []
     for _ in range(count):
         choice = rng.random()
@@ -77,13 +77,16 @@ def draw_targets(
 
 
 class _Queue:
-    """The numbers of a label map: each once, those that fill little of their box first; then large ones again.
+    """The numbers of a label map: each once, then large ones again.
+
+    First come, by chance, those that fill little of their box, or else large ones: thin things of scenes are learnt
+    last, whereas among composed shapes thin ones are stray strokes, and bodies are what photos show.
 
     The image encoder costs more than its prompts, so a picture's prompts should not ask the same thing twice while
     another waits. Large things of photos come out with holes unless they are asked for often.
     """
 
-    def __init__(self, rng: np.random.Generator, labels: np.ndarray) -> None:
+    def __init__(self, rng: np.random.Generator, labels: np.ndarray, *, thin_first: bool) -> None:
         areas = np.bincount(labels.ravel(), minlength=256).astype(np.float64)
         areas[0] = 0
         self._rng = rng
@@ -91,7 +94,9 @@ class _Queue:
         self._areas = areas[self._numbers]
         self._waiting: list[int] = []
         if len(self._numbers):
-            weights = np.array([_box_area(labels == number) for number in self._numbers]) / self._areas**0.75
+            weights = self._areas**0.5
+            if thin_first:
+                weights = np.array([_box_area(labels == number) for number in self._numbers]) / self._areas**0.75
             order = rng.choice(self._numbers, len(self._numbers), replace=False, p=weights / weights.sum())
             self._waiting = order.tolist()[::-1]
 

@@ -108,7 +108,7 @@ class SegmenterPreset:
 def presets() -> dict[str, SegmenterPreset]:
     """Name -> preset. `tabletop-more` is for a folder that has `hf/` already: more of the last phase.
 
-    The shipped weights are `tabletop`, stopped early, then `tabletop-more`, whose many scenes are what they are asked.
+    The shipped weights are `tabletop`, stopped early, then `tabletop-more`; benchmarks/README.md tells what was found.
     """
     size = SegmenterSize(side=320, stage_windows=(8, 4, 10, 10))
     shapes = PictureSource(name="shapes", render=shape_pictures, shards=38, share=0.3)
@@ -119,10 +119,10 @@ def presets() -> dict[str, SegmenterPreset]:
         "tabletop-more": SegmenterPreset(
             name="tabletop-more",
             size=size,
-            sources=(replace(shapes, share=0.08), replace(portraits, share=0.32), replace(scenes, share=0.6)),
-            phases=(Phase(until_step=2_060, side=size.side, pictures_per_step=3),),
+            sources=(replace(shapes, share=0.25), replace(portraits, share=0.35), replace(scenes, share=0.4)),
+            phases=(Phase(until_step=2_190, side=size.side, pictures_per_step=3),),
             warmup_steps=50,
-            decay_steps=1_960,
+            decay_steps=2_090,
             box_only_steps=0,
             needs_weights=True,
         ),
