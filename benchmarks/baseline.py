@@ -5,6 +5,9 @@
 Each thread count runs in a process of its own that is pinned to so many cores, so that neither side gains by threads
 beside its pool. The two take turns question by question, and who goes first alternates. All answers are compared before
 anything is timed: token by token, and mask by mask. A question with another answer is listed and not timed.
+
+A quantised bundle says some things in other words or with a box a pixel apart. `--time-different` times every question
+that both answered, and gives beside it how many replies were equal and how alike the masks of all of them are.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from segzero_rt.answer import AnswerStatus
 from segzero_rt.commands.bench import Task, make_tasks
 from segzero_rt.environment import bundle_card
 from segzero_rt.evaluation import mask_overlap, percentiles
@@ -31,6 +35,7 @@ if TYPE_CHECKING:  # both runtimes are imported in the pinned child only
 
     from .transformers_pipeline import TransformersPipeline
 
+ANSWERED = (AnswerStatus.OK, AnswerStatus.NONE_FOUND)
 Timed = Callable[[np.ndarray, str], dict[str, float]]
 """Answers once and gives the milliseconds of its stages."""
 
@@ -52,36 +57,51 @@ def main() -> None:
     print(json.dumps({"result": str(path), "by_threads": by_threads}))
 
 
-def compare_answers(ours: SegZero, theirs: TransformersPipeline, tasks: Sequence[Task]) -> dict[str, Any]:
+def compare_answers(
+    ours: SegZero, theirs: TransformersPipeline, tasks: Sequence[Task], *, time_different: bool = False
+) -> dict[str, Any]:
     """Asks both everything once, untimed, which also warms both up.
 
+    Args:
+        time_different: count a task as fit to be timed also where the replies differ, if both are answers.
+
     Returns:
-        `equal` (indices of tasks with the same tokens), `different` (what was said), `mask_iou` (mean over the equal
-        ones that have objects, None without any) and `new_tokens` (mean length of the replies).
+        `timed` (indices of tasks), `num_equal` (of them, with the same tokens), `different` (what was said), `mask_iou`
+        (mean over the timed ones that have objects, None without any), `mask_iou_different` (over those whose replies
+        differ) and `new_tokens` (mean length of the timed replies, of each side).
     """
-    equal: list[int] = []
+    timed: list[int] = []
     different: list[dict[str, str]] = []
-    ious: list[float] = []
-    lengths: list[int] = []
+    ious: dict[bool, list[float]] = {True: [], False: []}
+    lengths: dict[str, list[int]] = {"segzero": [], "baseline": []}
     for index, task in enumerate(tasks):
         image_rgb = task.load_image()
         generation = ours.policy.answer(image_rgb, task.question)
         reply = theirs(image_rgb, task.question)
-        if list(generation.token_ids) != reply.token_ids:
+        result = ours(image_rgb, task.question)
+        equal = list(generation.token_ids) == reply.token_ids
+        if not equal:
             different.append({"question": task.question, "segzero": generation.text, "baseline": reply.text})
-            continue
-        equal.append(index)
-        lengths.append(len(reply.token_ids))
-        union = ours(image_rgb, task.question).union
-        intersection, area = mask_overlap(union, np.asarray(reply.masks.any(axis=0), np.bool_))
+            if not time_different or result.status not in ANSWERED or not generation.finished:
+                continue
+        timed.append(index)
+        lengths["segzero"].append(len(generation.token_ids))
+        lengths["baseline"].append(len(reply.token_ids))
+        intersection, area = mask_overlap(result.union, np.asarray(reply.masks.any(axis=0), np.bool_))
         if area:
-            ious.append(intersection / area)
+            ious[equal].append(intersection / area)
     return {
-        "equal": equal,
+        "timed": timed,
+        "num_equal": len(tasks) - len(different),
         "different": different,
-        "mask_iou": float(np.mean(ious)) if ious else None,
-        "new_tokens": float(np.mean(lengths)) if lengths else None,
+        "mask_iou": _mean([*ious[True], *ious[False]]),
+        "mask_iou_different": _mean(ious[False]),
+        "new_tokens": {side: _mean(counts) for side, counts in lengths.items()},
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def interleave(ours: Timed, theirs: Timed, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -126,18 +146,18 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         ours.bundle.root, arguments.policy, arguments.segmenter, round_weights=arguments.round_weights
     )
     tasks = list(make_tasks(arguments.images, arguments.questions))
-    answers = compare_answers(ours, theirs, tasks)
-    if not answers["equal"]:
+    answers = compare_answers(ours, theirs, tasks, time_different=arguments.time_different)
+    if not answers["timed"]:
         raise SystemExit(f"expected equal answers to time, got none: {answers['different'][:2]}")
     timings = interleave(
         lambda image_rgb, question: dict(ours(image_rgb, question).timings_ms),
         lambda image_rgb, question: theirs(image_rgb, question).timings_ms,
-        [tasks[index] for index in answers["equal"]],
+        [tasks[index] for index in answers["timed"]],
     )
     return {
         "bundle": bundle_card(ours.bundle),
         "num_questions": len(tasks),
-        "num_equal": len(answers.pop("equal")),
+        "num_timed": len(answers.pop("timed")),
         **answers,
         **timings,
     }
@@ -148,7 +168,8 @@ def _line(result: dict[str, Any]) -> str:
     low, high = times["ratio_interval_95"]
     return (
         f"{times['segzero_median']:.1f} ms against {times['baseline_median']:.1f} ms, {times['ratio']:.2f}x "
-        f"({low:.2f} to {high:.2f}), {result['num_equal']} of {result['num_questions']} answers equal"
+        f"({low:.2f} to {high:.2f}), {result['num_timed']} of {result['num_questions']} timed, "
+        f"{result['num_equal']} equal, mask IoU {result['mask_iou']}"
     )
 
 
@@ -165,6 +186,9 @@ def _parse() -> argparse.Namespace:
         dest="round_weights",
         action="store_false",
         help="leave the baseline's weights as the checkpoint has them instead of rounding to the bundle's float16",
+    )
+    parser.add_argument(
+        "--time-different", action="store_true", help="time questions that both answered in other words, too"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     parser.add_argument("--only-threads", type=int, help=argparse.SUPPRESS)

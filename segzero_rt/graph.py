@@ -87,6 +87,16 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+class Stop:
+    """Ends a run of a graph from another thread: hand it to the run, then call it."""
+
+    def __init__(self) -> None:
+        self.options = _onnxruntime().RunOptions()
+
+    def __call__(self) -> None:
+        self.options.terminate = True
+
+
 class Graph:
     """A graph that is loaded and agrees with its spec. Use `Graph.load`."""
 
@@ -124,17 +134,18 @@ class Graph:
         spec.check_declared(_declared(session.get_inputs()), _declared(session.get_outputs()))
         return cls(session, spec, resolved)
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], *, stop: Stop | None = None) -> dict[str, Array]:
         """One run with fresh outputs, by name.
 
         Raises:
-            GraphError: inputs do not fit the spec, or the backend fails (out of memory, a damaged graph).
+            GraphError: inputs do not fit the spec, the backend fails (out of memory, a damaged graph), or `stop` was
+                called.
         """
         self.spec.check_shapes({name: array.shape for name, array in inputs.items()})
         for tensor in self.spec.inputs:
             _check_dtype(tensor, inputs[tensor.name])
         try:
-            outputs = self._session.run(self.spec.output_names, dict(inputs))
+            outputs = self._session.run(self.spec.output_names, dict(inputs), stop.options if stop else None)
         except _runtime_errors() as error:
             raise GraphError(
                 f"expected graph {self.spec.label} to run, ONNX Runtime says: {_first_line(error)}"

@@ -21,7 +21,7 @@ from segzero_rt.answer_format import FORMATS, AnswerFormat
 from segzero_rt.answer_parser import parse_answer
 from segzero_rt.bundle import Bundle
 from segzero_rt.errors import PromptError, QuestionError
-from segzero_rt.graph import Backend, default_threads, resolve_backend
+from segzero_rt.graph import Backend, Stop, default_threads, resolve_backend
 from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
 from segzero_rt.policy import Generation, Policy, View
 from segzero_rt.segmentation import Segmentation
@@ -36,6 +36,8 @@ class Look:
     view: View
     embedding: Callable[[], tuple[ImageEmbedding, float]]
     """Waits for the segmenter's embedding; gives it with the milliseconds that it took."""
+    abandon: Callable[[], None]
+    """Stops the work on the embedding, which nothing may ask for afterwards."""
 
 
 class SegZero:
@@ -110,6 +112,8 @@ class SegZero:
             on_token=on_token,
             cancelled=cancelled,
         )
+        if not result.answer.prompts:
+            look.abandon()  # the next picture's embedding must not wait for one that nobody reads
         first = {name: look.view.timings_ms[name] for name in ("preprocess", "vision")}
         prefill = look.view.timings_ms["prefix"] + result.timings_ms["prefill"]
         return replace(
@@ -125,8 +129,9 @@ class SegZero:
         return self._look(as_image(image), ahead=True)
 
     def _look(self, image_rgb: ImageRgb, *, ahead: bool) -> Look:
-        embedding = self._embed(image_rgb)
-        return Look(image_rgb=image_rgb, view=self.policy.look(image_rgb, ahead=ahead), embedding=embedding)
+        embedding, abandon = self._embed(image_rgb)
+        view = self.policy.look(image_rgb, ahead=ahead)
+        return Look(image_rgb=image_rgb, view=view, embedding=embedding, abandon=abandon)
 
     def ask(
         self,
@@ -170,17 +175,20 @@ class SegZero:
         image_rgb = as_image(image)
         _check_prompts(prompts, image_rgb)
         answer = Answer(status=AnswerStatus.OK, prompts=tuple(prompts))
-        return self._segment(image_rgb, self._embed(image_rgb), answer, {}, start)
+        return self._segment(image_rgb, self._embed(image_rgb)[0], answer, {}, start)
 
-    def _embed(self, image_rgb: ImageRgb) -> Callable[[], tuple[ImageEmbedding, float]]:
+    def _embed(self, image_rgb: ImageRgb) -> tuple[Callable[[], tuple[ImageEmbedding, float]], Callable[[], None]]:
+        """Two calls: wait for the embedding, and give it up."""
+        stop = Stop()
+
         def encode() -> tuple[ImageEmbedding, float]:
             start = time.perf_counter()
-            return self.encoder(image_rgb), _since(start)
+            return self.encoder(image_rgb, stop=stop), _since(start)
 
         if self._thread is None:
-            return functools.cache(encode)  # on the first call, and not at all when nothing is found
+            return functools.cache(encode), stop  # on the first call, and not at all when nothing is found
         image_rgb = image_rgb.copy()  # a camera loop may write its next frame into the array while this one is encoded
-        return self._thread.submit(encode).result
+        return self._thread.submit(encode).result, stop
 
     def _parse(self, generation: Generation, answer_format: AnswerFormat, image_rgb: ImageRgb) -> Answer:
         answer = parse_answer(

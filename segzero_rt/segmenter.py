@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from segzero_rt.answer import Prompt
 from segzero_rt.bundle import Bundle
-from segzero_rt.graph import Backend, Graph
+from segzero_rt.graph import Backend, Graph, Stop
 from segzero_rt.graph_spec_segmenter import (
     LABEL_BOTTOM_RIGHT,
     LABEL_INSIDE,
@@ -95,13 +95,14 @@ class ImageEncoder:
             cv2.LUT(cv2.extractChannel(resized, channel), self._levels[:, channel], dst=planes[0, channel])
         return planes
 
-    def __call__(self, image_rgb: NDArray[np.uint8]) -> ImageEmbedding:
+    def __call__(self, image_rgb: NDArray[np.uint8], *, stop: Stop | None = None) -> ImageEmbedding:
         """Encodes one picture, uint8 [H, W, 3] RGB.
 
         Raises:
             ImageError: another layout, or an empty picture.
+            GraphError: the backend fails, or `stop` was called meanwhile.
         """
-        features = self._graph.run({"pixel_values": self.pixel_values(image_rgb)})
+        features = self._graph.run({"pixel_values": self.pixel_values(image_rgb)}, stop=stop)
         return ImageEmbedding(features=features, size_hw=(image_rgb.shape[0], image_rgb.shape[1]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from segzero_rt.answer import AnswerStatus, Prompt
 from segzero_rt.answer_format import SEG_ZERO, VISION_REASONER
 from segzero_rt.bundle import Bundle
-from segzero_rt.errors import BackendError, BundleError, ImageError, PromptError, QuestionError
+from segzero_rt.errors import BackendError, BundleError, GraphError, ImageError, PromptError, QuestionError
+from segzero_rt.graph import Stop
 from segzero_rt.pipeline import SegZero
 from segzero_rt.policy import Generation
 
@@ -173,7 +175,7 @@ def test_the_image_encoder_runs_in_its_own_thread_and_its_failure_is_the_callers
     pipeline = SegZero.load(tiny_bundle_path, backend="cpu", threads=1)
     threads: list[threading.Thread] = []
 
-    def encode(image_rgb: np.ndarray) -> Any:
+    def encode(image_rgb: np.ndarray, **_: object) -> Any:
         threads.append(threading.current_thread())
         raise MemoryError("no room")
 
@@ -191,15 +193,38 @@ def test_on_one_core_the_encoder_runs_only_when_it_is_needed(
     calls: list[threading.Thread] = []
     encoder = pipeline.encoder
 
-    def encode(image_rgb: np.ndarray) -> Any:
+    def encode(image_rgb: np.ndarray, **options: Any) -> Any:
         calls.append(threading.current_thread())
-        return encoder(image_rgb)
+        return encoder(image_rgb, **options)
 
     monkeypatch.setattr(pipeline, "encoder", encode)
     pipeline(PICTURE, "x", max_new_tokens=1)
     assert calls == []
     pipeline.segment(PICTURE, [Prompt(box_xyxy=(1, 1, 50, 50))])
     assert calls == [threading.current_thread()]
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["nothing found", "found"])
+def test_an_embedding_that_nobody_reads_is_given_up(
+    saying: Callable[..., SegZero], monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    objects = [((7, 7, 40, 40), ((20, 20),))] if found else []
+    pipeline = saying(VISION_REASONER.assistant_text("Looked.", objects))
+    stops: list[Stop] = []
+    encoder = pipeline.encoder
+
+    def encode(image_rgb: np.ndarray, *, stop: Stop) -> Any:
+        stops.append(stop)
+        return encoder(image_rgb, stop=stop)
+
+    monkeypatch.setattr(pipeline, "_thread", ThreadPoolExecutor(1))
+    monkeypatch.setattr(pipeline, "encoder", encode)
+    assert len(pipeline(PICTURE, "x")) == len(objects)
+    pipeline.segment(PICTURE, [Prompt(box_xyxy=(1, 1, 50, 50))])  # one thread: the first has ended when this one has
+    assert [stop.options.terminate for stop in stops] == [not found, False]
+    with pytest.raises(GraphError, match="image_encoder"):
+        stops[1]()
+        encoder(PICTURE, stop=stops[1])
 
 
 def test_loading_names_what_is_wrong(tiny_bundle_path: Path, tmp_path: Path) -> None:
