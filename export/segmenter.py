@@ -60,8 +60,8 @@ EXACT = SegmenterGateLimits(max_logit_error=1e-3, max_score_error=1e-3, min_mask
 """Weights stored as they are."""
 ROUNDED = SegmenterGateLimits(max_logit_error=0.2, max_score_error=0.02, min_mask_iou=0.95, mean_mask_iou=0.99)
 """Weights rounded to fp16, arithmetic in fp32."""
-QUANTIZED = SegmenterGateLimits(max_logit_error=0.2, max_score_error=0.02, min_mask_iou=0.9, mean_mask_iou=0.99)
-"""The encoder's products in int8."""
+QUANTIZED = SegmenterGateLimits(max_logit_error=0.2, max_score_error=0.02, min_mask_iou=0.9, mean_mask_iou=0.98)
+"""The encoder's products in int8; on the gate's noise and random boxes masks are small, true boxes agree better."""
 
 MIN_GATE_PIXELS = 16
 """At the mask decoder's own size: one pixel of a smaller mask is already several percent of it."""
