@@ -1,7 +1,7 @@
 """Several processes, and the published models' widths, as far as CPUs go: real tokenizer, 840 x 840 pixels, few layers.
 
-Each case runs in processes of its own, which give their memory back. Beside a case of published widths stands the memory
-that it was seen to need; where less is free, it is skipped.
+Each case runs in processes of its own, which give their memory back. Beside a case of published widths stands how much
+it was seen to need; where less is free, it is skipped.
 """
 
 from __future__ import annotations
