@@ -65,6 +65,14 @@ def test_the_embedded_bundle_and_the_types_are_in_the_wheel(wheel: zipfile.ZipFi
             assert path.relative_to(REPOSITORY).as_posix() in names
 
 
+def test_the_launch_configurations_are_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    files = sorted((REPOSITORY / "training/accelerate").iterdir())
+    assert [path.name for path in files] == ["deepspeed_zero3.yaml", "fsdp.yaml", "fsdp_cpu.yaml"]
+    for path in files:
+        assert f"segzero_rt/training/accelerate/{path.name}" in names
+
+
 def test_nothing_else_heavy_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     for info in wheel.infolist():
         inside_bundle = info.filename.startswith("segzero_rt/bundles/")
@@ -77,7 +85,8 @@ def test_the_metadata_names_licence_extras_and_python(wheel: zipfile.ZipFile) ->
     (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = wheel.read(path).decode()
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M))
-    assert extras == {"cpu", "gpu", "tensorrt", "tensorrt-rtx", "cuda", "export", "train", "eval", "ros", "dev"}
+    runtime = {"cpu", "gpu", "tensorrt", "tensorrt-rtx", "cuda", "ros"}
+    assert extras == runtime | {"export", "train", "qlora", "deepspeed", "vllm", "eval", "dev"}
     assert re.search(r"^Requires-Python: >=3\.10$", metadata, re.M)
     assert re.search(r"^Version: 0\.1\.0$", metadata, re.M)
     core = {line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line}
