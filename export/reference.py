@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from segzero_rt.graph import Stop
 from segzero_rt.policy import Policy
 
 
@@ -114,8 +115,8 @@ class TorchImageEncoder:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`pixel_values` float32 [1, 3, H, W] to the checkpoint's own features at three scales."""
+    def run(self, inputs: dict[str, Any], *, stop: Stop | None = None) -> dict[str, Any]:
+        """`pixel_values` float32 [1, 3, H, W] to the checkpoint's own features at three scales; runs to its end."""
         import torch
 
         with torch.no_grad():
