@@ -220,9 +220,7 @@ def _shards(index: Path) -> list[Path]:
         if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
             raise ExportError(f"expected names of safetensors files beside {index} in it, got {name[:80]!r}")
         if not (index.parent / name).is_file():
-            raise ExportError(
-                f"expected the file {name} that {index} names, got none; fetch the rest"
-            )
+            raise ExportError(f"expected the file {name} that {index} names, got none; fetch the rest")
         paths.append(index.parent / name)
     return paths
 
