@@ -41,7 +41,8 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
     bundle = Bundle.open(out)
     assert bundle.manifest.name == document["name"] == "first"
     assert bundle.manifest.policy.input_size_hw == tabletop().input_size_hw
-    assert set(bundle.manifest.gates) == {"policy", "segmenter"}
+    assert set(bundle.manifest.gates) == {"policy", "segmenter", "quality"}
+    assert bundle.manifest.gates["quality"] == {"status": "not_run"}
     assert bundle.manifest.memory_bytes["cpu_peak"] > 10_000_000
     with pytest.raises(BundleError, match="overwrite"):
         export("tabletop", "--segmenter", segmenter, "--base", out, "--out", out)
