@@ -16,7 +16,7 @@ from segzero_rt.evaluation import evaluate, summarize
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = REPOSITORY / "training/checkpoints/tabletop"
 MAX_BUNDLE_BYTES = 25 << 20
-MIN_GIOU = 0.5
+MIN_GIOU = 0.6
 TEST_SEED = 99
 """No figure of the README was taken on this seed."""
 
@@ -50,7 +50,7 @@ def test_it_answers_the_picture_that_ships(pipeline: SegZero) -> None:
 
 
 def test_it_is_trained(pipeline: SegZero, tmp_path: Path) -> None:
-    """Far above what ignores the question or the picture (0.153 at most), below the 0.64 measured over these kinds."""
+    """Far above what ignores the question or the picture (0.153 at most), below the 0.78 measured over these kinds."""
     samples = [
         sample for sample in _samples(tmp_path / "scenes", 50) if sample.kind in ("name", "attribute", "relation")
     ]
