@@ -65,8 +65,8 @@ class PretrainPreset:
 def tabletop() -> PretrainPreset:
     """The recipe of the shipped policy, never yet run in one go.
 
-    The shipped weights had 328 steps of vision and 1,062 of everything; rotary frequencies and read-outs changed on
-    the way.
+    The shipped weights had 328 steps of vision and 2,922 of everything, batches of 16, and the learning rate annealed
+    twice; rotary frequencies, read-outs and question shares changed on the way.
     """
     return PretrainPreset(
         num_vision_steps=400, num_steps=9000, decay_steps=2500, vision_batch=48, batch=24, learning_rate=1.2e-3,
