@@ -462,7 +462,7 @@ def test_int8_weights_are_smaller_and_close(checkpoints: Callable[[str], Path], 
     """Random weights amplify rounding more than trained ones; a wrong scale or sign would still be far outside."""
     options: dict[str, Any] = {"input_size_hw": (140, 84), "max_length": 600, "max_new_tokens": 16}
     half = export_policy(checkpoints("grouped-heads"), tmp_path / "half", storage="float16", **options)
-    loose = GateLimits(max_vision_error=0.1, max_kl=5.0, min_top1=0.5, same_tokens=False)
+    loose = GateLimits(max_vision_error=0.1, max_kl=5.0, max_kl_mean=0.5, min_top1=0.5, same_tokens=False)
     small = export_policy(checkpoints("grouped-heads"), tmp_path / "int8", storage="int8", gate_limits=loose, **options)
     assert small.gate["limits"]["max_kl"] == 5.0
     for name in ("vision", "decoder"):

@@ -153,8 +153,8 @@ def test_the_command_writes_what_was_asked_for(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (["--split", "tset"], f"expected --split to be one of {', '.join(SPLITS)}, got 'tset'"),
-        (["--count", "0"], "expected a whole number above 0, got '0'"),
-        (["--count", "many"], "expected a whole number above 0, got 'many'"),
+        (["--count", "0"], "expected a whole number above 0 and below 10^9, got '0'"),
+        (["--count", "many"], "expected a whole number above 0 and below 10^9, got 'many'"),
         (["--seed", "-1"], "expected a whole number from 0, got '-1'"),
         (["--seed", "1.5"], "expected a whole number from 0, got '1.5'"),
         (["--sede", "1"], "unrecognized arguments"),
