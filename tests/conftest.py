@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from segzero_rt.bundle import EMBEDDED, write_bundle
+
+if TYPE_CHECKING:
+    from export.policy import PolicyExport
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +67,31 @@ def bundle_path(request: pytest.FixtureRequest) -> Path:
         return EMBEDDED
     path: Path = request.getfixturevalue("tiny_bundle_path")
     return path
+
+
+@pytest.fixture(scope="session")
+def policy_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a checkpoint by the name of its sizes; each is made once."""
+    from policy_checkpoints import SIZES, write_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("hf") / name
+            write_checkpoint(made[name], seed=len(made), **SIZES[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session", params=["ort", "portable"])
+def exported_policy(
+    request: pytest.FixtureRequest, policy_folders: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PolicyExport, Path]:
+    """A policy's files in both flavours, and their folder."""
+    from export.policy import export_policy
+
+    folder = tmp_path_factory.mktemp("exported")
+    options: dict[str, Any] = {"input_size_hw": (280, 280), "max_length": 700, "max_new_tokens": 40}
+    return export_policy(policy_folders("grouped-heads"), folder, flavour=request.param, **options), folder

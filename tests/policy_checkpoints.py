@@ -13,6 +13,16 @@ from segzero_rt.manifest import Manifest, SegmenterGraphs, SegmenterManifest
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
+SIZES: dict[str, dict[str, Any]] = {
+    "grouped-heads": {"kv_heads": 2},
+    "one-kv-head": {"kv_heads": 1, "heads": 4},
+    "own-kv-heads": {"kv_heads": 4, "heads": 4, "window_size": 56},
+    "untied": {"tied": False, "vision_heads": 2},
+    "three-groups-all-windows": {"hidden": 96, "heads": 6, "kv_heads": 3, "layers": 3, "full_attention": ()},
+    "no-windows": {"full_attention": (0, 1, 2)},
+}
+"""Shapes of policies, by what is special about them."""
+
 
 def write_tokenizer(folder: Path, vocab_size: int = 400) -> dict[str, int]:
     """Trains a byte-level tokenizer on the prompts; returns the numbers of the special tokens."""

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile_corpus import CORPUS
 
 from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.answer_format import FORMATS, SEG_ZERO, VISION_REASONER, AnswerFormat
 from segzero_rt.answer_parser import MAX_OBJECTS, MODES, ParseMode, parse_answer
 
-CORPUS = [
-    json.loads(line) for line in (Path(__file__).parent / "hostile_answers.jsonl").read_text("ascii").splitlines()
-]
 REAL_OUTPUTS = Path(__file__).resolve().parents[1] / ".." / "shared" / "assets" / "model_outputs.jsonl.gz"
 NEEDS_REAL_OUTPUTS = pytest.mark.skipif(not REAL_OUTPUTS.exists(), reason=f"real outputs are not at {REAL_OUTPUTS}")
 BOUNDLESS_HW = (1_000_000, 1_000_000)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,24 +16,16 @@ pytest.importorskip("transformers", reason="compares with transformers")
 
 import onnx
 import torch
-from policy_checkpoints import policy_bundle, random_picture, write_checkpoint
+from policy_checkpoints import SIZES, policy_bundle, random_picture
 from safetensors.torch import load_file, save_file
 
-from export.gate import EXACT, GateLimits, gate_policy
+from export.gate import gate_policy
 from export.policy import PolicyExport, export_policy
 from export.policy_checkpoint import PolicyCheckpoint
 from segzero_rt.answer_format import SEG_ZERO
-from segzero_rt.errors import BackendError, BundleError, ExportError, GraphError, ImageError, QuestionError
+from segzero_rt.errors import BackendError, BundleError, GraphError, ImageError, QuestionError
 from segzero_rt.policy import Policy
 
-SIZES: dict[str, dict[str, Any]] = {
-    "grouped-heads": {"kv_heads": 2},
-    "one-kv-head": {"kv_heads": 1, "heads": 4},
-    "own-kv-heads": {"kv_heads": 4, "heads": 4, "window_size": 56},
-    "untied": {"tied": False, "vision_heads": 2},
-    "three-groups-all-windows": {"hidden": 96, "heads": 6, "kv_heads": 3, "layers": 3, "full_attention": ()},
-    "no-windows": {"full_attention": (0, 1, 2)},
-}
 INPUT_SIZES = {
     "ragged-windows": (280, 280),  # 10 x 10 tokens, windows of 4
     "one-cut-window": (84, 140),
@@ -45,41 +36,18 @@ QUESTIONS = ["the red cup", "What is left of it?", "x", "Größe & 物体 🙂",
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a checkpoint by the name of its sizes; each is made once."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("hf") / name
-            write_checkpoint(made[name], seed=len(made), **SIZES[name])
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="module", params=["ort", "portable"])
-def exported(
-    request: pytest.FixtureRequest, checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PolicyExport, Path]:
-    folder = tmp_path_factory.mktemp("exported")
-    options: dict[str, Any] = {"input_size_hw": (280, 280), "max_length": 700, "max_new_tokens": 40}
-    return export_policy(checkpoints("grouped-heads"), folder, flavour=request.param, **options), folder
-
-
-@pytest.fixture(scope="module")
-def policy(exported: tuple[PolicyExport, Path]) -> Policy:
-    return Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
+def policy(exported_policy: tuple[PolicyExport, Path]) -> Policy:
+    return Policy.load(policy_bundle(*exported_policy), backend="cpu", threads=1)
 
 
 @pytest.mark.parametrize("flavour", ["ort", "portable"])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_graphs_equal_pytorch(checkpoints: Callable[[str], Path], tmp_path: Path, sizes: str, flavour: str) -> None:
+def test_graphs_equal_pytorch(policy_folders: Callable[[str], Path], tmp_path: Path, sizes: str, flavour: str) -> None:
     """Every question on every picture gives the same tokens, for input sizes whose windows differ."""
     names = INPUT_SIZES if sizes == "grouped-heads" else ["ragged-windows"]
     for name in names:
         gate = export_policy(
-            checkpoints(sizes),
+            policy_folders(sizes),
             tmp_path / name,
             input_size_hw=INPUT_SIZES[name],
             flavour=flavour,
@@ -96,12 +64,14 @@ def test_graphs_equal_pytorch(checkpoints: Callable[[str], Path], tmp_path: Path
 
 @pytest.mark.slow
 def test_two_hundred_questions_get_the_tokens_of_pytorch(
-    checkpoints: Callable[[str], Path], exported: tuple[PolicyExport, Path]
+    policy_folders: Callable[[str], Path], exported_policy: tuple[PolicyExport, Path]
 ) -> None:
-    policy = Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
+    policy = Policy.load(policy_bundle(*exported_policy), backend="cpu", threads=1)
     pictures = [random_picture(seed, (60 + 7 * seed, 200 - 3 * seed)) for seed in range(20)]
     questions = [*QUESTIONS, "two cups", "the largest", "what cuts?", "a b c", "left of the plate"]
-    gate = gate_policy(checkpoints("grouped-heads"), policy, pictures=pictures, questions=questions, max_new_tokens=40)
+    gate = gate_policy(
+        policy_folders("grouped-heads"), policy, pictures=pictures, questions=questions, max_new_tokens=40
+    )
     assert gate["questions"] == 200
     assert gate["same_tokens"] == 1.0
 
@@ -176,10 +146,9 @@ def test_the_budget_ends_a_reply(policy: Policy) -> None:
         policy.ask(view, "the red cup", max_new_tokens=0)
 
 
-def test_a_reply_stops_at_each_end_token(exported: tuple[PolicyExport, Path]) -> None:
-    from dataclasses import replace
+def test_a_reply_stops_at_each_end_token(exported_policy: tuple[PolicyExport, Path]) -> None:
 
-    export, folder = exported
+    export, folder = exported_policy
     tokens = Policy.load(policy_bundle(export, folder), backend="cpu").answer(random_picture(7), "x").token_ids
     end = next(place for place in range(3, len(tokens)) if tokens[place] not in tokens[:place])
     ending = replace(export.manifest, eos_token_ids=(*export.manifest.eos_token_ids, tokens[end]))
@@ -197,10 +166,9 @@ def test_cancelling_stops_between_tokens(policy: Policy) -> None:
     assert 3 <= len(generation.token_ids) <= 10
 
 
-def test_a_reply_ends_where_the_context_does(exported: tuple[PolicyExport, Path]) -> None:
-    from dataclasses import replace
+def test_a_reply_ends_where_the_context_does(exported_policy: tuple[PolicyExport, Path]) -> None:
 
-    export, folder = exported
+    export, folder = exported_policy
     roomy = Policy.load(policy_bundle(export, folder), backend="cpu")
     prompt = len(roomy.prefix_tokens) + len(roomy.question_tokens("x"))
     narrow = replace(export, manifest=replace(export.manifest, max_length=prompt + 4))
@@ -262,19 +230,21 @@ def test_text_comes_in_whole_characters(policy: Policy) -> None:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_tied_weights_are_stored_once(exported: tuple[PolicyExport, Path], checkpoints: Callable[[str], Path]) -> None:
-    export, _ = exported
+def test_tied_weights_are_stored_once(
+    exported_policy: tuple[PolicyExport, Path], policy_folders: Callable[[str], Path]
+) -> None:
+    export, _ = exported_policy
     sizes = {name: path.stat().st_size for name, path in export.files.items()}
-    checkpoint = (checkpoints("grouped-heads") / "model.safetensors").stat().st_size
+    checkpoint = (policy_folders("grouped-heads") / "model.safetensors").stat().st_size
     weights = sum(size for name, size in sizes.items() if name.endswith((".onnx", ".bin")))
     assert weights < 0.75 * checkpoint, "float16 of a float32 checkpoint, with some room for nodes"
     assert sizes["policy/token_table.bin"] == 400 * 64 * 2
     assert sizes["policy/embedding.onnx"] < 2000
 
 
-def test_files_load_on_old_runtimes(exported: tuple[PolicyExport, Path]) -> None:
+def test_files_load_on_old_runtimes(exported_policy: tuple[PolicyExport, Path]) -> None:
     """onnxruntime 1.23, the last for Python 3.10, knows IR version 11 and opset 23."""
-    export, _ = exported
+    export, _ = exported_policy
     for name in ("vision", "embedding", "decoder"):
         model = onnx.load(export.files[f"policy/{name}.onnx"], load_external_data=False)
         assert model.ir_version <= 10
@@ -291,9 +261,9 @@ def test_a_batch_of_pictures_is_seen_as_one_by_one(policy: Policy) -> None:
         np.testing.assert_allclose(together[row], policy._features(patches[row : row + 1])[0], atol=1e-4)
 
 
-def test_published_key_names_and_shards_are_read(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+def test_published_key_names_and_shards_are_read(policy_folders: Callable[[str], Path], tmp_path: Path) -> None:
     """The layout of Qwen/Qwen2.5-VL-*: flat text settings, `model.` and `visual.` keys, several files, bfloat16."""
-    source = checkpoints("untied")
+    source = policy_folders("untied")
     old = tmp_path / "old"
     old.mkdir()
     shutil.copy(source / "tokenizer.json", old)
@@ -325,160 +295,12 @@ def test_published_key_names_and_shards_are_read(checkpoints: Callable[[str], Pa
     )
 
 
-# --- what must not become a bundle ---------------------------------------------------------------------------------
-
-
-def damaged_copy(source: Path, target: Path, change: Callable[[Path], None]) -> Path:
-    shutil.copytree(source, target)
-    change(target)
-    return target
-
-
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        for key, value in changes.items():
-            config["text_config"][key] = value
-        path.write_text(json.dumps(config))
-
-    return edit
-
-
-def edit_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-
-    return edit
-
-
-def last_of(weights: dict[str, torch.Tensor], ending: str) -> str:
-    return sorted(key for key in weights if key.endswith(ending))[-1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        pytest.param(lambda f: (f / "config.json").unlink(), "config.json", id="no-config"),
-        pytest.param(lambda f: (f / "config.json").write_text("{"), "JSON", id="broken-config"),
-        pytest.param(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "llama", id="other-family"),
-        pytest.param(lambda f: (f / "model.safetensors").unlink(), "neither", id="no-weights"),
-        pytest.param(lambda f: (f / "model.safetensors").write_bytes(b"\x08" * 50), "safetensors", id="rubbish"),
-        pytest.param(lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json", id="no-tokenizer"),
-        pytest.param(edit_config(num_hidden_layers=5), "layers.2", id="more-layers-than-weights"),
-        pytest.param(edit_config(intermediate_size=77), "of shape", id="other-width"),
-        pytest.param(edit_config(num_key_value_heads=3), "shared evenly", id="heads-do-not-divide"),
-        pytest.param(edit_config(use_sliding_window=True), "sliding", id="sliding-window"),
-        pytest.param(
-            edit_weights(lambda w: w[last_of(w, "down_proj.weight")].fill_(7e4)), "float16", id="too-large-for-float16"
-        ),
-        pytest.param(
-            edit_weights(lambda w: w[last_of(w, "q_proj.bias")].fill_(float("nan"))), "finite", id="not-a-number"
-        ),
-    ],
-)
-def test_checkpoints_that_cannot_be_exported_are_named(
-    checkpoints: Callable[[str], Path], tmp_path: Path, change: Callable[[Path], None], message: str
-) -> None:
-    folder = damaged_copy(checkpoints("grouped-heads"), tmp_path / "hf", change)
-    with pytest.raises(ExportError, match=message):
-        export_policy(folder, tmp_path / "out", input_size_hw=(56, 56), max_length=600)
-
-
-@pytest.mark.parametrize(
-    "ending",
-    ["q_proj.bias", "down_proj.weight", "attn.qkv.weight", "merger.mlp.0.weight", "ln_q.weight", "embed_tokens.weight"],
-)
-def test_the_gate_notices_one_changed_weight(
-    checkpoints: Callable[[str], Path], tmp_path: Path, exported: tuple[PolicyExport, Path], ending: str
-) -> None:
-    """The graphs against a checkpoint in which one tensor has another sign."""
-
-    def negate(weights: dict[str, torch.Tensor]) -> None:
-        weights[last_of(weights, ending)].neg_()
-
-    other = damaged_copy(checkpoints("grouped-heads"), tmp_path / "hf", edit_weights(negate))
-    policy = Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
-    with pytest.raises(ExportError, match="differ from PyTorch"):
-        gate_policy(other, policy, pictures=[random_picture(0)], limits=EXACT, max_new_tokens=20)
-
-
-def test_the_gate_says_which_figure_failed(
-    checkpoints: Callable[[str], Path], exported: tuple[PolicyExport, Path]
-) -> None:
-    policy = Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
-    with pytest.raises(ExportError, match=r"vision_error .* \(limit 1e-12\)"):
-        gate_policy(
-            checkpoints("grouped-heads"),
-            policy,
-            pictures=[random_picture(0)],
-            limits=GateLimits(max_vision_error=1e-12),
-            max_new_tokens=3,
-        )
-
-
-def test_the_gate_sees_a_nan_in_a_later_picture(
-    checkpoints: Callable[[str], Path], exported: tuple[PolicyExport, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = Policy.load(policy_bundle(*exported), backend="cpu", threads=1)
-    features = policy.features
-    pictures = [random_picture(0), random_picture(1)]
-    monkeypatch.setattr(policy, "features", lambda image: features(image) * (np.nan if image is pictures[1] else 1))
-    with pytest.raises(ExportError, match="vision_error nan"):
-        gate_policy(checkpoints("grouped-heads"), policy, pictures=pictures, questions=["x"], max_new_tokens=2)
-
-
-def test_a_picture_that_fills_the_context_is_refused(exported: tuple[PolicyExport, Path]) -> None:
-    export, _ = exported
-    with pytest.raises(BundleError, match="max_length"):
-        Policy.from_files(
-            replace(export.manifest, max_length=10),
-            {name: export.files[f"policy/{name}.onnx"] for name in ("vision", "embedding", "decoder")},
-            export.files["policy/tokenizer.json"],
-            answer_format="vision_reasoner",
-            backend="cpu",
-        )
-
-
-def test_rounded_weights_are_measured_by_looser_limits(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    """Weights that float16 cannot hold: the export says so by its limits, and float32 storage is exact."""
-
-    def blur(weights: dict[str, torch.Tensor]) -> None:
-        for value in weights.values():
-            value.mul_(1 + 1e-4)
-
-    folder = damaged_copy(checkpoints("grouped-heads"), tmp_path / "hf", edit_weights(blur))
-    options: dict[str, Any] = {"input_size_hw": (56, 56), "max_length": 600, "max_new_tokens": 24}
-    half = export_policy(folder, tmp_path / "half", storage="float16", **options).gate
-    whole = export_policy(folder, tmp_path / "whole", storage="float32", **options).gate
-    assert not half["limits"]["same_tokens"]
-    assert whole["limits"]["same_tokens"]
-    assert whole["kl_max"] < half["kl_max"]
-
-
-def test_int8_weights_are_smaller_and_close(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    """Random weights amplify rounding more than trained ones; a wrong scale or sign would still be far outside."""
-    options: dict[str, Any] = {"input_size_hw": (140, 84), "max_length": 600, "max_new_tokens": 16}
-    half = export_policy(checkpoints("grouped-heads"), tmp_path / "half", storage="float16", **options)
-    loose = GateLimits(max_vision_error=0.1, max_kl=5.0, max_kl_mean=0.5, min_top1=0.5, same_tokens=False)
-    small = export_policy(checkpoints("grouped-heads"), tmp_path / "int8", storage="int8", gate_limits=loose, **options)
-    assert small.gate["limits"]["max_kl"] == 5.0
-    for name in ("vision", "decoder"):
-        sizes = [exported.files[f"policy/{name}.onnx"].stat().st_size for exported in (half, small)]
-        assert sizes[1] < sizes[0], name
-    with pytest.raises(ExportError, match="flavour ort"):
-        export_policy(checkpoints("grouped-heads"), tmp_path / "no", storage="int8", flavour="portable", **options)
-
-
 # --- bundles that do not fit together --------------------------------------------------------------------------------
 
 
-def test_a_bundle_whose_parts_disagree_is_refused(exported: tuple[PolicyExport, Path]) -> None:
-    from dataclasses import replace
+def test_a_bundle_whose_parts_disagree_is_refused(exported_policy: tuple[PolicyExport, Path]) -> None:
 
-    export, folder = exported
+    export, folder = exported_policy
     bundle = policy_bundle(export, folder)
     for change, error in (
         ({"vocab_size": 390, "image_token_id": 5}, BundleError),
@@ -493,8 +315,8 @@ def test_a_bundle_whose_parts_disagree_is_refused(exported: tuple[PolicyExport, 
         assert isinstance(caught.value, (error, GraphError)), change
 
 
-def test_threads_and_missing_files_are_named(exported: tuple[PolicyExport, Path], tmp_path: Path) -> None:
-    export, folder = exported
+def test_threads_and_missing_files_are_named(exported_policy: tuple[PolicyExport, Path], tmp_path: Path) -> None:
+    export, folder = exported_policy
     with pytest.raises(BackendError, match="expected 1 to 1024 threads, got 0"):
         Policy.load(policy_bundle(export, folder), backend="cpu", threads=0)
     graphs = {name: tmp_path / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
@@ -504,8 +326,8 @@ def test_threads_and_missing_files_are_named(exported: tuple[PolicyExport, Path]
         )
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(exported: tuple[PolicyExport, Path], tmp_path: Path) -> None:
-    export, folder = exported
+def test_a_file_that_is_no_tokenizer_is_refused(exported_policy: tuple[PolicyExport, Path], tmp_path: Path) -> None:
+    export, folder = exported_policy
     graphs = {name: folder / "policy" / f"{name}.onnx" for name in ("vision", "embedding", "decoder")}
     for text in ("", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'):
         (tmp_path / "tokenizer.json").write_text(text)

@@ -220,7 +220,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
     last = metrics_of(tmp_path / "whole")[-1]
     assert last["step"] == debug().num_steps and all(math.isfinite(value) for value in last.values())
-    assert {"text", "pointer", "box", "box_iou", "vision_kind", "cells_box"} <= set(last)
+    assert {"text", "pointer", "box", "box_iou", "vision_kind", "cells_box", "knowledge"} <= set(last)
     assert metrics_of(tmp_path / "killed")[-1] == pytest.approx(last, rel=1e-4)
     whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
     assert whole["step"] == killed["step"] == debug().num_steps

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hostile_corpus import CORPUS, text_of
 from PIL import Image
 
 from segzero_rt.answer_format import SEG_ZERO, VISION_REASONER
@@ -26,9 +26,6 @@ from training.reward_extras import (
 from training.rewards import Case, Reward, score, seg_zero_rewards, vision_reasoner_rewards
 from training.rows import RowObject
 
-CORPUS = [
-    json.loads(line) for line in (Path(__file__).parent / "hostile_answers.jsonl").read_text("ascii").splitlines()
-]
 SIZE_HW = (100, 200)
 LEFT = RowObject(box_xyxy=(10, 10, 60, 90), points_xy=((35, 50), (35, 70)))
 RIGHT = RowObject(box_xyxy=(120, 20, 190, 80), points_xy=((150, 50), (170, 40)))
@@ -162,8 +159,7 @@ def test_any_text_is_scored() -> None:
         abstention_reward(family=SEG_ZERO, mode="seg_zero"), brevity_reward(budget=20, mode="vision_reasoner"),
     ]  # fmt: skip
     for case in CORPUS:
-        text = case["text"]
-        whole = text if isinstance(text, str) else "".join(p if isinstance(p, str) else p[0] * p[1] for p in text)
+        whole = text_of(case)
         for objects in ((), (LEFT,)):
             for reward in rewards:
                 assert -1 <= give(reward, whole, *objects) <= reward.maximum
