@@ -20,6 +20,9 @@ from .graph_builder import MICROSOFT, GraphBuilder
 from .policy_checkpoint import PolicyCheckpoint, TextSizes
 from .policy_embedding import TABLE_FILE, TOKEN_TABLE_KEY
 
+_TO_THE_END = 2**31 - 1
+"""As the end of a Slice. ONNX would take a larger one too, TensorRT's indices have 32 bits."""
+
 
 def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
     """The decoder's graph.
@@ -127,8 +130,7 @@ class _PortableAttention:
         self._by_shared_head = builder.node(
             "Concat", [batch, shared, builder.constant([-1]), builder.lengths("attention_bias", 3)], axis=0
         )
-        capacity = builder.lengths("past_key_0", 2)
-        self._parts = builder.node("Concat", [capacity, builder.lengths("inputs_embeds", 1)], axis=0)
+        self._capacity = builder.lengths("past_key_0", 2)
         self._cos = builder.node("Unsqueeze", ["rotary_cos", builder.constant([1])])
         self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
 
@@ -149,7 +151,12 @@ class _PortableAttention:
         joined = builder.reshape(builder.node("Concat", scores, axis=-1), self._by_head)
         shares = builder.node("Softmax", [builder.node("Add", [joined, "attention_bias"])], axis=-1)
         shares = builder.reshape(shares, self._by_shared_head)
-        parts = builder.nodes("Split", [shares, self._parts], [builder.name("old"), builder.name("new")], axis=-1)
+        # Slice and not Split, whose lengths TensorRT wants to know when it builds.
+        start, end, axis = builder.constant([0]), builder.constant([_TO_THE_END]), builder.constant([3])
+        parts = [
+            builder.node("Slice", [shares, start, self._capacity, axis]),
+            builder.node("Slice", [shares, self._capacity, end, axis]),
+        ]
         mixed = [
             builder.node("MatMul", [part, values])
             for part, values in zip(parts, (f"past_value_{layer}", value), strict=True)

@@ -252,6 +252,9 @@ def test_files_load_on_old_runtimes(exported_policy: tuple[PolicyExport, Path]) 
         if export.manifest.flavour == "portable":
             assert {opset.domain for opset in model.opset_import} == {""}, "no operator of one runtime alone"
             onnx.checker.check_model(str(export.files[f"policy/{name}.onnx"]), full_check=True)
+            known = {"", *(tensor.name for tensor in model.graph.initializer)}
+            splits = [node for node in model.graph.node if node.op_type == "Split"]
+            assert all(set(node.input[1:]) <= known for node in splits), "TensorRT asks for lengths when it builds"
 
 
 def test_a_batch_of_pictures_is_seen_as_one_by_one(policy: Policy) -> None:
