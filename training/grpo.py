@@ -145,11 +145,12 @@ def trl_config(preset: GrpoPreset, out: Path, *, num_rewards: int) -> GRPOConfig
         temperature=preset.temperature,
         top_p=preset.top_p,
         learning_rate=preset.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=preset.learning_rate_schedule,
         warmup_steps=preset.warmup_steps,
         weight_decay=preset.weight_decay,
         max_grad_norm=preset.max_grad_norm,
         beta=preset.kl_coef,
+        scale_rewards=preset.reward_scale,
         entropy_coef=preset.entropy_coef,
         epsilon=preset.clip_range,
         loss_type=preset.loss,
@@ -243,8 +244,13 @@ def save_best(trainer: SegmentationGrpoTrainer, folder: Path) -> Path:
     return folder
 
 
-def rows_of(preset: GrpoPreset, folder: Path, split: str, num_rows: int, given: Path | None) -> list[TrainingRow]:
+def rows_of(
+    preset: GrpoPreset, folder: Path, split: str, num_rows: int, given: Path | None, kinds: tuple[str, ...] = ()
+) -> list[TrainingRow]:
     """Rows that were given, or tabletop questions, rendered into `folder` by the first process.
+
+    Args:
+        kinds: as `build_tabletop_rows` takes them.
 
     Raises:
         DatasetError: none were given and the preset renders none, or a row is wrong.
@@ -256,7 +262,7 @@ def rows_of(preset: GrpoPreset, folder: Path, split: str, num_rows: int, given: 
             f"expected rows for preset {preset.name}: give --data and --validation (segzero train prepare)"
         )
     with PartialState().main_process_first():
-        build_tabletop_rows(folder, split=split, seed=preset.seed, num_rows=num_rows)
+        build_tabletop_rows(folder, split=split, seed=preset.seed, num_rows=num_rows, kinds=kinds)
     return read_rows(folder, limit=num_rows)
 
 

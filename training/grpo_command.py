@@ -47,7 +47,7 @@ def execute_grpo(arguments: argparse.Namespace) -> None:
     from .grpo import GrpoRun, rows_of, train_grpo
 
     preset = chosen_preset(arguments)
-    rows = rows_of(preset, arguments.out / "rows" / "train", "train", preset.num_rows, arguments.data)
+    rows = rows_of(preset, arguments.out / "rows" / "train", "train", preset.num_rows, arguments.data, preset.row_kinds)
     eval_rows = rows_of(
         preset, arguments.out / "rows" / "validation", "validation", preset.num_eval_rows, arguments.validation
     )

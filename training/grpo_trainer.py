@@ -20,6 +20,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from segzero_rt.errors import SegZeroError
 
+from .picture_memory import PictureMemory, is_frozen
 from .reply_scores import score_replies
 from .rollout import Sampling, sample_replies
 from .shared_prompt import Prompts, SharedPromptPolicy
@@ -105,6 +106,19 @@ class EpochSampler(Sampler[int]):
 class SharedPromptGrpoTrainer(SegmentationGrpoTrainer):
     """Reads each prompt and picture once for all its samples, in sampling and in scoring; for one process."""
 
+    _memory: PictureMemory | None = None
+
+    def _policy(self, model: Any) -> SharedPromptPolicy:
+        """The policy or its reference. A frozen tower is the same in both, so they share what it has seen."""
+        if self._memory is None and self._vision_is_frozen():
+            self._memory = PictureMemory()
+        return SharedPromptPolicy(model, self._memory)
+
+    def _vision_is_frozen(self) -> bool:
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        base = policy.get_base_model() if hasattr(policy, "peft_config") else policy
+        return is_frozen(base.model.visual)
+
     def _generate_single_turn(
         self,
         prompt_ids: Sequence[Sequence[int]],
@@ -136,7 +150,7 @@ class SharedPromptGrpoTrainer(SegmentationGrpoTrainer):
             seed=int(torch.randint(2**31, ())),
         )
         with self.accelerator.autocast():
-            replies = sample_replies(SharedPromptPolicy(model), groups.prompts, sampling, self.eos_token_ids)
+            replies = sample_replies(self._policy(model), groups.prompts, sampling, self.eos_token_ids)
         model.train(training)
         tokens: list[list[int]] = [[] for _ in prompt_ids]
         logprobs: list[list[float]] = [[] for _ in prompt_ids]
@@ -170,7 +184,7 @@ class SharedPromptGrpoTrainer(SegmentationGrpoTrainer):
                 prompt_of[row] = number
         with self.accelerator.autocast():
             logprobs, entropies = score_replies(
-                SharedPromptPolicy(self.accelerator.unwrap_model(model)), groups.prompts, prompt_of, replies,
+                self._policy(self.accelerator.unwrap_model(model)), groups.prompts, prompt_of, replies,
                 temperature=self.temperature,
             )  # fmt: skip
         fill = (0, logits_to_keep - logprobs.shape[1])

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from .picture_memory import PictureMemory
 from .policy_model import rms_norm, rotate
 
 PADDING = 0
@@ -128,17 +129,18 @@ class SharedPromptPolicy:
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`, or a PEFT model around it; nothing that shards parameters.
+        memory: keeps visual tokens, where the vision tower is frozen.
 
     Raises:
         TypeError: another model.
         ValueError: a setting that this pass does not compute.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, memory: PictureMemory | None = None) -> None:
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         if not isinstance(base, Qwen2_5_VLForConditionalGeneration):
             raise TypeError(f"expected a Qwen2_5_VLForConditionalGeneration, got {type(base).__name__}")
-        self.model = base
+        self.model, self._memory = base, memory
         # The children of transformers' modules have no types of their own.
         self._inner: Any = base.model
         self._text: Any = self._inner.language_model
@@ -160,6 +162,11 @@ class SharedPromptPolicy:
 
     def look(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
         """Visual tokens of each picture, [its tokens, C]."""
+        if self._memory is not None:
+            return self._memory.look(self._look, pixel_values, image_grid_thw)
+        return self._look(pixel_values, image_grid_thw)
+
+    def _look(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
         features = self._inner.get_image_features(pixel_values.to(self.device), image_grid_thw.to(self.device))
         pooled: tuple[Tensor, ...] = features.pooler_output
         return pooled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 from PIL import Image
@@ -14,22 +14,21 @@ from segzero_rt.errors import DatasetError
 from segzero_rt.mask import encode_rle
 
 from .policy_model import INPUT_SIDE
-from .question_scenes import QuestionScene, make_sample, schedule
+from .question_scenes import SPLIT_QUERY_KINDS, QuestionScene, make_sample, schedule
+from .questions import QUERY_KINDS
 from .rows import IMAGES_NAME, ROWS_NAME, RowObject, TrainingRow, row_line
 from .scene_cache import to_input_objects
 
 
-def build_tabletop_rows(
-    folder: Path, *, split: str, seed: int, num_rows: int, kinds: tuple[str, ...] | None = None
-) -> None:
+def build_tabletop_rows(folder: Path, *, split: str, seed: int, num_rows: int, kinds: tuple[str, ...] = ()) -> None:
     """Write at least `num_rows` rows of a split; those that an earlier run wrote stay.
 
     Args:
         folder: gets `images/` with pictures in source size, and `rows.jsonl`.
-        kinds: only questions of these kinds, in the split's own order; None takes all.
+        kinds: questions of these kinds in turn, each the split's next of its kind; none takes the split's own order.
 
     Raises:
-        DatasetError: the folder holds rows of another split, seed or choice of kinds.
+        DatasetError: the folder holds rows of another split, seed or choice of kinds, or the split has no such kind.
     """
     (folder / IMAGES_NAME).mkdir(parents=True, exist_ok=True)
     wanted = list(islice(_indices(split, kinds), num_rows))
@@ -50,7 +49,16 @@ def build_tabletop_rows(
 
 
 def _indices(split: str, kinds: tuple[str, ...] | None) -> Iterator[int]:
-    return (index for index in count() if kinds is None or schedule(split, index)[0] in kinds)
+    if not kinds:
+        return count()
+    if missing := set(kinds) - set(SPLIT_QUERY_KINDS.get(split, QUERY_KINDS)):
+        raise DatasetError(f"expected kinds of question that the split {split} has, got {', '.join(sorted(missing))}")
+
+    def of_kind(kind: str) -> Iterator[int]:
+        return (index for index in count() if schedule(split, index)[0] == kind)
+
+    turns = {kind: of_kind(kind) for kind in kinds}
+    return (next(turns[kind]) for kind in cycle(kinds))
 
 
 def _row_id(split: str, seed: int, index: int) -> str:
