@@ -75,7 +75,13 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     cmdclass={"build_py": CleanBuildPy},
-    packages=["segzero_rt", "segzero_rt.commands", "segzero_rt.export", "segzero_rt.training"],
+    packages=[
+        "segzero_rt",
+        "segzero_rt.commands",
+        "segzero_rt.export",
+        "segzero_rt.training",
+        "segzero_rt.training.experiments",
+    ],
     package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
     package_data={
         "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],

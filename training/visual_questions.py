@@ -5,7 +5,7 @@ About a picture (colour, count, presence, what lies where) and about the world (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from .knowledge import KNOWLEDGE
 from .object_kinds import KINDS, PAIR_NOUNS
 from .phrases import Thing, article_name, be, where, with_article
 from .scene_cache import CachedObject
+
+Pair = tuple[str, str]
+"""(question, answer) in plain text."""
 
 KNOWLEDGE_QUESTIONS = (
     "What would you use to {use}?",
@@ -27,7 +30,7 @@ def ask_about_picture(
     rng: np.random.Generator, things: Sequence[CachedObject], size_hw: tuple[int, int]
 ) -> tuple[str, str]:
     """(question, answer) in plain text."""
-    asks = (_colour, _count, _presence, _place, _region)
+    asks = tuple(PICTURE_QUESTIONS.values())
     for number in rng.permutation(len(asks)):
         pair = asks[int(number)](rng, things, size_hw)
         if pair is not None:
@@ -81,6 +84,12 @@ def _region(
 ) -> tuple[str, str] | None:
     thing = pick(rng, things)
     return f"What is in [{', '.join(str(round(v)) for v in thing.box_xyxy)}]?", article_name(thing)
+
+
+PICTURE_QUESTIONS: dict[str, Callable[[np.random.Generator, Sequence[CachedObject], tuple[int, int]], Pair | None]] = {
+    "colour": _colour, "count": _count, "presence": _presence, "place": _place, "region": _region,
+}  # fmt: skip
+"""Kind of short question → what makes one of a picture; None where the picture has none of that kind."""
 
 
 def ask_about_world(rng: np.random.Generator) -> tuple[str, str]:
