@@ -140,7 +140,7 @@ class _Reference:
         self._policy = TorchPolicy(policy_folder, pipeline.policy) if policy_folder else None
         self._encoder, self._decoder = pipeline.encoder, pipeline.decoder
         if segmenter_folder:
-            from .segmenter import load_checkpoint
+            from .segmenter_checkpoint import load_checkpoint
 
             model = load_checkpoint(segmenter_folder)
             manifest = pipeline.bundle.manifest.segmenter

@@ -18,7 +18,8 @@ from policy_checkpoints import random_picture
 from export import command, gate_quality
 from export.command import PRESETS, assemble
 from export.reference import TorchImageEncoder, TorchMaskDecoder, TorchPolicy
-from export.segmenter import SegmenterExport, load_checkpoint
+from export.segmenter import SegmenterExport
+from export.segmenter_checkpoint import load_checkpoint
 from segzero_rt.answer import Prompt
 from segzero_rt.bundle import Bundle
 from segzero_rt.cli import make_parser

@@ -14,6 +14,7 @@ from PIL import Image
 from segzero_rt.answer import Prompt
 from segzero_rt.errors import ExportError, GraphError, ImageError
 from segzero_rt.graph import Graph
+from segzero_rt.graph_spec import GraphSpec
 from segzero_rt.graph_spec_segmenter import mask_decoder_spec
 from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
@@ -21,16 +22,10 @@ from segzero_rt.segmenter import ImageEncoder, MaskDecoder, choose_masks
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
 
+from export.gate_segmenter import EXACT, gate_segmenter  # noqa: E402
 from export.onnx_weights import store_weights_fp16  # noqa: E402 - needs torch's absence to skip first
-from export.segmenter import (  # noqa: E402
-    EXACT,
-    IR_VERSION,
-    OPSET,
-    export_segmenter,
-    gate_segmenter,
-    load_checkpoint,
-    segmenter_specs,
-)
+from export.segmenter import IR_VERSION, OPSET, export_segmenter, segmenter_specs  # noqa: E402
+from export.segmenter_checkpoint import load_checkpoint  # noqa: E402
 from export.segmenter_encoder import build_image_encoder, window_slots  # noqa: E402
 
 NOTHING = -1
@@ -42,6 +37,7 @@ class Exported:
 
     model: Any
     paths: tuple[Path, Path]
+    specs: tuple[GraphSpec, GraphSpec]
     graphs: tuple[Graph, Graph]
     manifest: SegmenterManifest
     encoder: ImageEncoder
@@ -58,6 +54,7 @@ def exported(tiny_checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempP
     return Exported(
         model=model,
         paths=paths,
+        specs=specs,
         graphs=graphs,
         manifest=result.manifest,
         encoder=ImageEncoder(graphs[0], result.manifest),
@@ -296,7 +293,9 @@ def test_the_gate_notices_a_wrong_weight(exported: Exported, tmp_path: Path) -> 
     largest.raw_data = values.tobytes()
     onnx.save(damaged, tmp_path / "damaged.onnx")
     with pytest.raises(ExportError, match="no bundle was written"):
-        gate_segmenter(exported.model, exported.paths[0], tmp_path / "damaged.onnx", pictures=(), limits=EXACT)
+        gate_segmenter(
+            exported.model, exported.paths[0], tmp_path / "damaged.onnx", exported.specs, pictures=(), limits=EXACT
+        )
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -361,7 +360,7 @@ def test_the_gate_sees_a_nan_behind_a_number(exported: Exported, monkeypatch: py
 
     monkeypatch.setattr(Graph, "run", spoiled)
     with pytest.raises(ExportError, match="max_score_error nan"):
-        gate_segmenter(exported.model, *exported.paths, pictures=[], limits=EXACT)
+        gate_segmenter(exported.model, *exported.paths, exported.specs, pictures=[], limits=EXACT)
 
 
 @pytest.mark.slow

@@ -1,0 +1,85 @@
+"""Where a segmenter's weights come from: a transformers folder, or a file of SAM 2's own package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Sam2Model
+
+from segzero_rt.errors import ExportError
+from segzero_rt.graph_spec_segmenter import NUM_MASK_TOKENS
+
+from .segmenter_official import SUFFIXES, read_official
+
+SAM2_TYPES = ("sam2", "sam2_video")
+"""`model_type` of folders that `Sam2Model` reads; published ones are of the video model, which has more weights."""
+
+_TABLES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
+"""One table under two names, of which a folder may have either."""
+
+
+def load_checkpoint(path: Path, config: str | None = None) -> Sam2Model:
+    """Reads a segmenter in float32.
+
+    Args:
+        path: a transformers folder of `Sam2Model` or `Sam2VideoModel`, or a `sam2*.pt` of SAM 2's own package.
+        config: SAM 2's name of the size, for a file; None recognises it.
+
+    Raises:
+        ExportError: no such checkpoint, one of another architecture or size, or a weight is missing.
+    """
+    if path.suffix in SUFFIXES and not path.is_dir():
+        model, _ = read_official(path, config)
+    elif config is not None:
+        raise ExportError(
+            f"--segmenter-config: expected a .pt file beside it, got {path}; a folder has its config.json"
+        )
+    else:
+        model = _from_folder(path)
+    if model.mask_decoder.num_mask_tokens != NUM_MASK_TOKENS:
+        raise ExportError(
+            f"expected {NUM_MASK_TOKENS} mask tokens as in SAM 2, got {model.mask_decoder.num_mask_tokens}"
+        )
+    return model.eval()
+
+
+def _from_folder(folder: Path) -> Sam2Model:
+    model_type = _config(folder).get("model_type")
+    if model_type not in SAM2_TYPES:
+        raise ExportError(f"{folder}/config.json: expected model_type {' or '.join(SAM2_TYPES)}, got {model_type!r}")
+    try:
+        model, report = Sam2Model.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(
+            f"expected a SAM 2 checkpoint (config.json, model.safetensors) in {folder}: {reason}"
+        ) from error
+    _share_table(model, report["missing_keys"])
+    # transformers fills what is missing with random numbers and says so in a log line alone
+    if missing := sorted(set(report["missing_keys"]) - set(_TABLES)):
+        raise ExportError(f"{folder}: expected all weights of SAM 2, {len(missing)} are missing, first {missing[0]}")
+    return model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"expected a SAM 2 checkpoint, a folder with config.json or a .pt file, got {folder}: {error}"
+        ) from error
+    return document if isinstance(document, dict) else {}
+
+
+def _share_table(model: Sam2Model, missing: set[str]) -> None:
+    present = [name for name in _TABLES if name not in missing]
+    if not present:
+        raise ExportError(f"expected {_TABLES[0]} in the checkpoint, which has no frequencies of positions")
+    table = model.get_buffer(present[0])
+    for name in _TABLES:
+        model.get_buffer(name).copy_(table)
