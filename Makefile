@@ -19,7 +19,7 @@ demo: .venv-demo/stamp
 	.venv-demo/bin/segzero run "$(DEMO_PICTURE)" "$(DEMO_QUESTION)" --out demo/overlay.png
 	@echo "overlay: demo/overlay.png"
 
-test: .venv-test/stamp .venv-py310/stamp lint
+test: .venv-test/stamp .venv-py310/stamp .venv-sam2/stamp lint
 	SEGZERO_PYTHON310=$(CURDIR)/.venv-py310/bin/python .venv-test/bin/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
 
 # What a developer runs while writing: no slow tests.
@@ -55,5 +55,14 @@ lint: .venv-test/stamp
 	else echo "no Python 3.10 found: the JetPack 6 test will be skipped"; fi
 	touch $@
 
+# SAM 2's own package, which the exported graphs are compared with: a folder of its own, since it brings a top-level
+# `training`, and without its dependencies, of which torchvision has no CPU build that imports beside this torch.
+.venv-sam2/stamp: .venv-test/stamp
+	rm -rf .venv-sam2
+	SAM2_BUILD_CUDA=0 .venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --target .venv-sam2 sam2==1.1.0 hydra-core omegaconf antlr4-python3-runtime==4.9.3 \
+	  iopath portalocker
+	touch $@
+
 clean:
-	rm -rf .venv-demo .venv-test .venv-py310 build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv-demo .venv-test .venv-py310 .venv-sam2 build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

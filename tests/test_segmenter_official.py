@@ -59,8 +59,6 @@ def test_a_published_size_is_recognised_and_whole(shapes: Shapes, write: Write) 
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     windows = [block.window_size for block in model.vision_encoder.backbone.blocks[-3:]]
     assert windows == [0, 14, 7], "a stage begins in the windows of the one before"
-        "a stage begins in the windows of the one before"
-    )
 
 
 def test_what_only_tracking_reads_may_be_missing_and_tells_the_release(shapes: Shapes, write: Write) -> None:
