@@ -32,9 +32,11 @@ _EPILOG = """examples:
   segzero export tabletop --policy runs/policy --segmenter runs/segmenter --out segzero_rt/bundles/tabletop --overwrite
   segzero export tabletop --policy runs/policy --base segzero_rt/bundles/tabletop --out runs/next-bundle
   segzero export vision-reasoner --policy VisionReasoner-7B --segmenter sam2.1-hiera-large --out bundles/vr-7b
+  segzero export vision-reasoner --policy VisionReasoner-7B --segmenter sam2.1_hiera_large.pt --out bundles/vr-7b
   segzero export tabletop --policy runs/policy --segmenter runs/segmenter --storage int8 --gate-dataset scenes --out b
 
-Checkpoints are folders as transformers saves them. Every export compares its graphs with PyTorch on a few pictures:
+Checkpoints are folders as transformers saves them; SAM 2's may be a file of its own package, which is recognised by
+its shapes and never unpickled as code. Every export compares its graphs with PyTorch on a few pictures:
 --gate-images, by default patches of colour. What the stored weights cost in gIoU is measured with --gate-dataset;
 without it the manifest says that this gate was not run.
 exit status: 0 written, 2 a checkpoint cannot be exported or a gate failed; nothing is written then"""
@@ -97,7 +99,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("preset", choices=tuple(PRESETS), help="the family that the policy belongs to")
     parser.add_argument("--policy", type=Path, metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
-    parser.add_argument("--segmenter", type=Path, metavar="DIR", help="config.json, *.safetensors of a Sam2Model")
+    parser.add_argument(
+        "--segmenter", type=Path, metavar="PATH", help="SAM 2: a sam2*.pt, or a folder of config.json and *.safetensors"
+    )
+    parser.add_argument(
+        "--segmenter-config",
+        metavar="NAME",
+        help="SAM 2's name of a .pt's size, as sam2.1_hiera_l (default: its shapes')",
+    )
     parser.add_argument("--base", type=Path, metavar="BUNDLE", help="take the part that is not given from this bundle")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="where the bundle is written")
     parser.add_argument(
@@ -129,17 +138,20 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --policy and --segmenter, or --base with the part that is not given")
     if arguments.policy is None and arguments.segmenter is None:
         raise ExportError("expected --policy or --segmenter beside --base, got neither: there is nothing to export")
-    for option, folder in (("--policy", arguments.policy), ("--segmenter", arguments.segmenter)):
-        if folder is not None:
-            _check_checkpoint(folder, option)
+    for option, path in (("--policy", arguments.policy), ("--segmenter", arguments.segmenter)):
+        if path is not None:
+            _check_checkpoint(path, option)
+    if arguments.segmenter_config and arguments.segmenter is None:
+        raise ExportError("expected --segmenter with --segmenter-config: what --base holds is taken as it is")
     if arguments.policy is None and arguments.max_length:
         raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
     with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
         work = Path(temporary)
+        # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
+        segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
         policy = _export_policy(arguments.policy, work, preset, pictures) if arguments.policy else None
-        segmenter = _export_segmenter(arguments.segmenter, work, preset, pictures) if arguments.segmenter else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
         if arguments.format:
             manifest = replace(manifest, answer_format=arguments.format)
@@ -232,11 +244,18 @@ def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]
     return exported
 
 
-def _export_segmenter(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> SegmenterExport:
+def _export_segmenter(
+    arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any]
+) -> SegmenterExport:
     export_segmenter = _imported("segmenter").export_segmenter
-    _say(f"segmenter: {folder}")
+    _say(f"segmenter: {arguments.segmenter}")
     exported: SegmenterExport = export_segmenter(
-        folder, work, storage=preset.storage, flavour=preset.flavour, pictures=pictures
+        arguments.segmenter,
+        work,
+        config=arguments.segmenter_config,
+        storage=preset.storage,
+        flavour=preset.flavour,
+        pictures=pictures,
     )
     return exported
 
@@ -250,9 +269,15 @@ def _imported(module: str) -> Any:
         raise ExportError(f"expected PyTorch and its companions: {error}; install segzero-rt[export]") from error
 
 
-def _check_checkpoint(folder: Path, option: str) -> None:
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ExportError(f"{option} {folder}: expected a folder with config.json and *.safetensors, got none there")
+def _check_checkpoint(path: Path, option: str) -> None:
+    a_file = option == "--segmenter" and path.suffix in (".pt", ".pth")
+    if not a_file and (not (path / "config.json").is_file() or not any(path.glob("*.safetensors"))):
+        also = ", or a sam2*.pt" if option == "--segmenter" else ""
+        raise ExportError(
+            f"{option} {path}: expected a folder with config.json and *.safetensors{also}, got none there"
+        )
+    if a_file and not path.is_file():
+        raise ExportError(f"{option} {path}: expected a checkpoint of SAM 2's own package, there is no such file")
 
 
 def _gate_pictures(folder: Path | None, count: int) -> list[Any]:

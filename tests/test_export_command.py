@@ -65,6 +65,9 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         (("--base", str(EMBEDDED)), "nothing to export"),
         (("--base", str(EMBEDDED), "--segmenter", "gone"), "--segmenter gone: expected a folder"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--max-length", "9"), "expected --policy"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--segmenter-config", "x"), "expected --segmenter with"),
+        (("--base", str(EMBEDDED), "--segmenter", "gone.pt"), "--segmenter gone.pt: .* no such file"),
+        (("--base", str(EMBEDDED), "--segmenter", __file__), "expected a folder .* or a sam2"),
     ],
     ids=[
         "gone",
@@ -76,6 +79,9 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         "base alone",
         "gone beside base",
         "no policy",
+        "no segmenter beside its size",
+        "gone file",
+        "another kind of file",
     ],
 )
 def test_what_cannot_be_exported_writes_nothing(
