@@ -34,6 +34,7 @@ EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
 # pyarrow and pycocotools read published data sets: `segzero train prepare` as well as the evaluation.
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 # scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.
+# matplotlib draws the learning curves of experiments.
 # TRL is held below 2: `training/grpo_trainer.py` overrides two methods of its trainer that are no public interface.
 TRAIN = [
     *TORCH,
@@ -41,6 +42,7 @@ TRAIN = [
     "tqdm>=4.60",
     "accelerate>=1.10",
     "datasets>=4.0",
+    "matplotlib>=3.8",
     "peft>=0.18",
     "scikit-image>=0.22",
     "scipy>=1.11",
@@ -78,6 +80,8 @@ setup(
     packages=[
         "segzero_rt",
         "segzero_rt.commands",
+        "segzero_rt.engines",
+        "segzero_rt.preflight",
         "segzero_rt.export",
         "segzero_rt.training",
         "segzero_rt.training.experiments",
@@ -92,7 +96,8 @@ setup(
         "cpu": CPU,
         "gpu": ["onnxruntime-gpu>=1.23"],
         "tensorrt": ["tensorrt>=10.3"],
-        "tensorrt-rtx": ["tensorrt-rtx-cu13>=1.7"],
+        # Builds without a GPU, so the tests have it; there are wheels for x86 alone.
+        "tensorrt-rtx": ['tensorrt-rtx-cu13>=1.7; platform_machine == "x86_64" or platform_machine == "AMD64"'],
         "cuda": ["pycuda>=2024.1"],
         "export": EXPORT,
         "train": TRAIN,

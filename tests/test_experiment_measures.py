@@ -70,7 +70,7 @@ def test_a_picture_is_looked_at_once_and_replies_do_not_depend_on_their_batch(po
 def test_a_reply_goes_on_where_it_is_made_to_begin(policy: LivePolicy) -> None:
     asked = [Asked(text="the cup", picture=random_picture(1, (SIDE, SIDE)))]
     ids = policy.prompts(asked).token_ids[0]
-    assert policy.prompts(asked, reply_start="[1").token_ids[0] == (*ids, *policy.start_ids("[1"))
+    assert policy.prompts(asked, reply_start="[1").token_ids[0] == (*ids, *policy.text_ids("[1"))
     begun = policy.answer(asked, reply_start="[1")[0]
     assert begun.startswith("[1") and begun != "[1" + policy.answer(asked)[0]
 

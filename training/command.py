@@ -12,6 +12,7 @@ from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import DatasetError, SegZeroError
 
 from . import prepare_command
+from .experiments import command as experiment_command
 from .grpo_command import configure_grpo, execute_grpo
 
 Preset = TypeVar("Preset")
@@ -39,6 +40,7 @@ _TRAIN_EPILOG = """examples:
   segzero train segmenter --preset tabletop
   segzero train prepare instances_train2017.json --images train2017 --out rows/coco
   segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/policy
+  segzero train experiment --out runs/experiment
 
 `segzero train STAGE --help` tells what a stage writes."""
 
@@ -103,6 +105,8 @@ fsdp.yaml or deepspeed_zero3.yaml of the folder `accelerate` beside this program
     ),
 }
 """Stage → (what it trains, description, examples)."""
+_OWN_COMMANDS = (prepare_command, experiment_command)
+"""Stages with options of their own alone."""
 
 
 def _configure_scenes(parser: argparse.ArgumentParser) -> None:
@@ -167,20 +171,23 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
                 metavar="DIR",
                 help="published checkpoint to go on from, such as training/checkpoints/tabletop/policy",
             )
-    prepare = stages.add_parser(
-        prepare_command.NAME,
-        help=prepare_command.HELP,
-        description=prepare_command.DESCRIPTION,
-        epilog=prepare_command.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    prepare_command.configure(prepare)
+    for command in _OWN_COMMANDS:
+        stage = stages.add_parser(
+            command.NAME,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=command.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.configure(stage)
 
 
 def _execute_train(arguments: argparse.Namespace) -> int:
-    if arguments.stage == prepare_command.NAME:
-        return prepare_command.execute(arguments)
+    for command in _OWN_COMMANDS:
+        if arguments.stage == command.NAME:
+            status: int = command.execute(arguments)
+            return status
     if arguments.out.exists() and not arguments.out.is_dir():
         raise SegZeroError(f"expected --out to be a folder, {arguments.out} is a file; choose another")
     if arguments.stage == "segmenter":

@@ -27,6 +27,7 @@ from segzero_rt.preprocess import Preprocessor
 from ..grpo_model import load_policy
 from ..grpo_presets import GrpoPreset, Precision, tabletop
 from ..grpo_processor import IMAGE_TOKEN, PictureProcessor, load_processor
+from ..picture_memory import PictureMemory
 from ..policy_model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 from ..rollout import Sampling, sample_replies
 from ..shared_prompt import Prompts, SharedPromptPolicy
@@ -54,10 +55,13 @@ class LivePolicy:
         model: `Qwen2_5_VLForConditionalGeneration`; its mode and gradients are left as they are.
         processor: of the same policy.
         preset: says the picture's size, the answer format and the longest reply.
+        memory: keeps visual tokens, where the vision tower is frozen.
     """
 
-    def __init__(self, model: Any, processor: PictureProcessor, preset: GrpoPreset) -> None:
-        self.model, self.processor, self.preset = model, processor, preset
+    def __init__(
+        self, model: Any, processor: PictureProcessor, preset: GrpoPreset, *, memory: PictureMemory | None = None
+    ) -> None:
+        self.model, self.processor, self.preset, self._memory = model, processor, preset, memory
         self.answer_format = FORMATS[preset.answer_format]
         self.tokenizer: Any = processor.tokenizer
         self._preprocessor = Preprocessor(
@@ -98,7 +102,7 @@ class LivePolicy:
     def prompts(self, asked: Sequence[Asked], *, reply_start: str = "") -> Prompts:
         """The prompts of a batch; pictures that occur several times in it stand there once."""
         pixels, grids, numbers = self._pictures(asked)
-        start = self.start_ids(reply_start)
+        start = self.text_ids(reply_start)
         tokens = [
             (*self._prompt_ids(one.text, self._visual_tokens(grids[number])), *start)
             for one, number in zip(asked, numbers, strict=True)
@@ -108,9 +112,9 @@ class LivePolicy:
             pictures=tuple((number,) for number in numbers),
         )  # fmt: skip
 
-    def start_ids(self, reply_start: str) -> list[int]:
-        """Tokens of what a reply begins with."""
-        return list(self.tokenizer(reply_start)["input_ids"]) if reply_start else []
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a reply or of what it begins with."""
+        return list(self.tokenizer(text)["input_ids"]) if text else []
 
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a reply."""
@@ -124,7 +128,7 @@ class LivePolicy:
         training = self.model.training
         self.model.eval()
         prompts = self.prompts(asked, reply_start=reply_start)
-        replies = sample_replies(SharedPromptPolicy(self.model), prompts, sampling, self.end_ids())
+        replies = sample_replies(SharedPromptPolicy(self.model, self._memory), prompts, sampling, self.end_ids())
         self.model.train(training)
         texts = self.tokenizer.batch_decode([list(ids) for ids in replies.token_ids], skip_special_tokens=True)
         return [reply_start + text for text in texts]
