@@ -36,6 +36,10 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--steps", type=positive_integer, metavar="N", help="optimiser steps")
     changes.add_argument("--learning-rate", type=float, metavar="X")
     changes.add_argument("--seed", type=int, metavar="K")
+    changes.add_argument(
+        "--reward-extras", metavar="T,T",
+        help="terms added to the preset's rewards: brevity[:TOKENS], mask_iou[:BUNDLE], abstention, empty_thinking",
+    )  # fmt: skip
 
 
 def execute_grpo(arguments: argparse.Namespace) -> None:
@@ -75,6 +79,10 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
         "seed": arguments.seed,
         "freeze_vision": arguments.freeze_vision or None,
     }
+    if arguments.reward_extras is not None:
+        from .grpo_rewards import with_extras
+
+        changes["rewards"] = with_extras(preset.rewards, arguments.reward_extras.split(","))
     if arguments.vllm is not None:
         preset = replace(preset, vllm=None if arguments.vllm == "off" else Vllm(arguments.vllm))
     try:

@@ -34,11 +34,12 @@ def render(document: Mapping[str, Any]) -> str:
     settings = document["settings"]["whole"]
     recipe = settings["grpo"]
     questions = settings["steps"] * recipe["prompts_per_step"]
+    arms = f"{len(settings['seeds'])} seeds for each arm, after {len(settings['grpo_rates'])} learning rates each"
     about = (
         f"From one base policy: {questions} questions of the same kinds, {questions * recipe['num_generations']} "
-        f"samples (replies learnt from) and {len(settings['seeds'])} seeds for each arm, after {len(settings['grpo_rates'])} "
-        f"learning rates each on validation. Values are box gIoU of greedy answers; intervals are 95 % of a paired "
-        f"bootstrap over pictures and seeds; `detectable` is the difference that 80 of 100 such experiments would show."
+        f"samples (replies learnt from) and {arms} on validation. Values are box gIoU of greedy answers; intervals are "
+        f"95 % of a paired bootstrap over pictures and seeds; `detectable` is the difference that 80 of 100 such "
+        f"experiments would show."
     )
     cost = document["cost"]
     estimated = f"Estimated before it began: {cost['hours']:.1f} hours, {cost['workers']} processes of one thread."
