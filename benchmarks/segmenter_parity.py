@@ -52,20 +52,21 @@ def random_segmenter(size: str, seed: int = 0) -> Sam2Model:
 def measure(size: str, flavour: str) -> dict[str, Any]:
     """Exports one size and gates it; raises ExportError where the gate refuses."""
     from export.gate_segmenter import EXACT, gate_segmenter
-    from export.segmenter import DECODER_FILE, ENCODER_FILE, export_mask_decoder, segmenter_specs
+    from export.segmenter import export_mask_decoder, export_mask_prompt
     from export.segmenter_encoder import build_image_encoder
+    from export.segmenter_specs import SegmenterFiles, segmenter_specs
 
     start = time.perf_counter()
     model = random_segmenter(size)
-    specs = segmenter_specs(model)
     with tempfile.TemporaryDirectory(prefix="segzero-parity-") as folder:
-        encoder, decoder = Path(folder) / ENCODER_FILE, Path(folder) / DECODER_FILE
-        encoder.parent.mkdir()
-        build_image_encoder(model, specs[0], flavour=flavour, storage="float32").save(encoder)
-        export_mask_decoder(model, decoder, storage="float32")
+        paths = {name: Path(folder) / f"{name}.onnx" for name in ("encoder", "decoder", "mask_prompt")}
+        encoder = build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage="float32")
+        encoder.save(paths["encoder"])
+        export_mask_decoder(model, paths["decoder"], storage="float32")
+        export_mask_prompt(model, paths["mask_prompt"], storage="float32")
         exported = time.perf_counter()
-        gate = gate_segmenter(model, encoder, decoder, specs, pictures=(), noise=1, limits=EXACT)
-        num_bytes = {"encoder": encoder.stat().st_size, "decoder": decoder.stat().st_size}
+        gate = gate_segmenter(model, SegmenterFiles(**paths), pictures=(), noise=1, limits=EXACT)
+        num_bytes = {name: path.stat().st_size for name, path in paths.items()}
     return {
         "size": size,
         "flavour": flavour,

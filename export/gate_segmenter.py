@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,8 @@ from segzero_rt.graph_spec_segmenter import (
     LABEL_OUTSIDE,
     LABEL_TOP_LEFT,
 )
+
+from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """SAM 2's normalisation, that of ImageNet."""
@@ -70,6 +71,8 @@ class _Case:
     points: int
     """Per object; of several the last lies outside."""
     box: bool = True
+    mask: bool = False
+    """With one object: a mask changes the picture's features."""
 
 
 _CASES = (
@@ -77,6 +80,7 @@ _CASES = (
     _Case(objects=1, points=1),
     _Case(objects=3, points=2),
     _Case(objects=2, points=1, box=False),
+    _Case(objects=1, points=1, mask=True),
 )
 
 
@@ -84,22 +88,20 @@ _CASES = (
 class _Prompts:
     points_xy: NDArray[np.float32]  # (B, N, P, 2)
     labels: NDArray[np.int64]  # (B, N, P)
+    mask_logits: NDArray[np.float32] | None  # (B, 1, h, w)
 
 
 def gate_segmenter(
     model: Sam2Model,
-    encoder_path: Path,
-    decoder_path: Path,
-    specs: tuple[GraphSpec, GraphSpec],
+    files: SegmenterFiles,
     *,
     pictures: Sequence[NDArray[np.uint8]],
     limits: SegmenterGateLimits,
     noise: int = 2,
 ) -> dict[str, Any]:
-    """Runs both graphs and the checkpoint on the same pictures and prompts.
+    """Runs the graphs and the checkpoint on the same pictures and prompts.
 
     Args:
-        specs: of encoder and decoder.
         pictures: uint8 [H, W, 3].
         noise: pictures of noise that are tried first, in one batch.
 
@@ -109,22 +111,35 @@ def gate_segmenter(
     Raises:
         ExportError: a figure is beyond its limit.
     """
-    encoder = Graph.load(encoder_path, specs[0], backend="cpu")
-    decoder = Graph.load(decoder_path, specs[1], backend="cpu")
+    specs = segmenter_specs(model)
+    encoder = Graph.load(files.encoder, specs.encoder, backend="cpu")
+    decoder = Graph.load(files.decoder, specs.decoder, backend="cpu")
+    masks = Graph.load(files.mask_prompt, specs.mask_prompt, backend="cpu") if files.mask_prompt else None
     rng = np.random.default_rng(0)
     figures = _Figures()
-    for pixels in _gate_pixels(rng, specs[0], noise, pictures):
+    for pixels in _gate_pixels(rng, specs.encoder, noise, pictures):
         features = encoder.run({"pixel_values": pixels})
         with torch.no_grad():
             embeddings = model.get_image_embeddings(torch.from_numpy(pixels))
         figures.add_features(features, embeddings)
         for case in _CASES:
+            if case.mask and masks is None:
+                continue
             prompts = _gate_prompts(rng, pixels.shape[-1], len(pixels), case)
-            ours = decoder.run({**features, "points_xy": prompts.points_xy, "labels": prompts.labels})
+            ours = _answer(decoder, masks, features, prompts)
             figures.add_masks(ours, *_reference_masks(model, embeddings, prompts))
     record = figures.record() | {"limits": asdict(limits)}
     _check(record, limits)
     return record
+
+
+def _answer(
+    decoder: Graph, masks: Graph | None, features: dict[str, NDArray[Any]], prompts: _Prompts
+) -> dict[str, NDArray[Any]]:
+    if prompts.mask_logits is not None and masks is not None:
+        inputs = {"image_embeddings": features["image_embeddings"], "mask_logits": prompts.mask_logits}
+        features = {**features, "image_embeddings": masks.run(inputs)["prompted_embeddings"]}
+    return decoder.run({**features, "points_xy": prompts.points_xy, "labels": prompts.labels})
 
 
 class _Figures:
@@ -172,6 +187,8 @@ def _reference_masks(
         "input_points": torch.from_numpy(prompts.points_xy[:, :, :-1]),  # transformers adds the filler point itself
         "input_labels": torch.from_numpy(prompts.labels[:, :, :-1]),
     }
+    if prompts.mask_logits is not None:
+        inputs["input_masks"] = torch.from_numpy(prompts.mask_logits)
     decoder = model.mask_decoder
     chooses = decoder.dynamic_multimask_via_stability
     decoder.dynamic_multimask_via_stability = False  # the single mask as it is: choosing is the host's
@@ -221,7 +238,8 @@ def _gate_prompts(rng: np.random.Generator, side: int, batch: int, case: _Case) 
     box = [LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT] if case.box else []
     points_xy = np.concatenate([*([corners] if case.box else []), points, nothing], axis=2).astype(np.float32)
     labels = np.array([*box, *inside, LABEL_NOTHING], np.int64)
-    return _Prompts(points_xy=points_xy, labels=np.tile(labels, (batch, case.objects, 1)))
+    mask = rng.normal(0, 5, (batch, 1, side // 4, side // 4)).astype(np.float32) if case.mask else None
+    return _Prompts(points_xy=points_xy, labels=np.tile(labels, (batch, case.objects, 1)), mask_logits=mask)
 
 
 def _gate_ious(ours: NDArray[np.float32], reference: NDArray[np.float32], scores: NDArray[np.float32]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from transformers import Sam2Model
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec
-from segzero_rt.graph_spec_segmenter import image_encoder_spec, mask_decoder_spec
 from segzero_rt.manifest import SegmenterGraphs, SegmenterManifest
 
 from .gate_segmenter import EXACT, IMAGE_MEAN, IMAGE_STD, QUANTIZED, ROUNDED, gate_segmenter
@@ -26,12 +25,14 @@ from .graph_builder import STORAGES, float_storage
 from .onnx_weights import store_weights_fp16
 from .segmenter_checkpoint import load_checkpoint
 from .segmenter_encoder import build_image_encoder
-from .segmenter_graphs import MaskDecoderGraph
+from .segmenter_graphs import MaskDecoderGraph, MaskPromptGraph
+from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 OPSET, IR_VERSION = 18, 8
-"""Of the mask decoder: what ONNX Runtime 1.23 and TensorRT 10.3 both load."""
+"""Of the traced graphs: what ONNX Runtime 1.23 and TensorRT 10.3 both load."""
 
 ENCODER_FILE, DECODER_FILE = "segmenter/image_encoder.onnx", "segmenter/mask_decoder.onnx"
+MASK_PROMPT_FILE = "segmenter/mask_prompt.onnx"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class SegmenterExport:
     gate: dict[str, Any]
 
 
-def segmenter_manifest(model: Sam2Model) -> SegmenterManifest:
+def segmenter_manifest(model: Sam2Model, *, mask_prompts: bool = True) -> SegmenterManifest:
     """The segmenter's part of a bundle's manifest."""
     side = int(model.prompt_encoder.input_image_size)
     return SegmenterManifest(
@@ -54,7 +55,9 @@ def segmenter_manifest(model: Sam2Model) -> SegmenterManifest:
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
         mask_size_hw=(side // 4, side // 4),
-        graphs=SegmenterGraphs(encoder=ENCODER_FILE, decoder=DECODER_FILE),
+        graphs=SegmenterGraphs(
+            encoder=ENCODER_FILE, decoder=DECODER_FILE, mask_prompt=MASK_PROMPT_FILE if mask_prompts else None
+        ),
     )
 
 
@@ -65,9 +68,10 @@ def export_segmenter(
     config: str | None = None,
     storage: str = "float16",
     flavour: str = "ort",
+    mask_prompts: bool = True,
     pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> SegmenterExport:
-    """Writes both graphs under `out_dir` and measures them against the checkpoint.
+    """Writes the graphs under `out_dir` and measures them against the checkpoint.
 
     Args:
         checkpoint: transformers folder of a `Sam2Model` of any size, or a `sam2*.pt` of SAM 2's own package.
@@ -76,6 +80,7 @@ def export_segmenter(
         storage: "float16" (large weights rounded, arithmetic in float32), "float32", or "int8" (the encoder's products
             in int8, flavour "ort" alone; all else as "float16").
         flavour: of the encoder: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
+        mask_prompts: with a graph that takes masks in, which makes sense where training gave masks.
         pictures: uint8 [H, W, 3] to gate on; noise is always tried too.
 
     Raises:
@@ -84,43 +89,47 @@ def export_segmenter(
     if storage not in STORAGES:
         raise ExportError(f"expected weights stored as {', '.join(STORAGES)}, got {storage!r}")
     model = load_checkpoint(checkpoint, config)
-    manifest = segmenter_manifest(model)
-    encoder_path, decoder_path = out_dir / ENCODER_FILE, out_dir / DECODER_FILE
-    encoder_path.parent.mkdir(parents=True, exist_ok=True)
-    specs = segmenter_specs(model)
-    build_image_encoder(model, specs[0], flavour=flavour, storage=storage).save(encoder_path)
-    export_mask_decoder(model, decoder_path, storage=float_storage(storage))
+    manifest = segmenter_manifest(model, mask_prompts=mask_prompts)
+    inside = {name: path for name, path in asdict(manifest.graphs).items() if path is not None}
+    files = SegmenterFiles(**{name: out_dir / path for name, path in inside.items()})
+    files.encoder.parent.mkdir(parents=True, exist_ok=True)
+    build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage=storage).save(files.encoder)
+    export_mask_decoder(model, files.decoder, storage=float_storage(storage))
+    if files.mask_prompt:
+        export_mask_prompt(model, files.mask_prompt, storage=float_storage(storage))
     limits = {"float32": EXACT, "float16": ROUNDED, "int8": QUANTIZED}[storage]
-    gate = gate_segmenter(model, encoder_path, decoder_path, specs, pictures=pictures, limits=limits)
-    files = {ENCODER_FILE: encoder_path, DECODER_FILE: decoder_path}
-    return SegmenterExport(files=files, manifest=manifest, gate=gate | {"storage": storage, "flavour": flavour})
-
-
-def segmenter_specs(model: Sam2Model) -> tuple[GraphSpec, GraphSpec]:
-    """Specs of a checkpoint's encoder and decoder, with every width a number."""
-    side, hidden_size = int(model.prompt_encoder.input_image_size), int(model.mask_decoder.hidden_size)
-    mask_size_hw = (side // 4, side // 4)
-    encoder = image_encoder_spec(input_size_hw=(side, side), mask_size_hw=mask_size_hw, hidden_size=hidden_size)
-    return encoder, mask_decoder_spec(mask_size_hw=mask_size_hw, hidden_size=hidden_size)
+    gate = gate_segmenter(model, files, pictures=pictures, limits=limits)
+    return SegmenterExport(
+        files={path: out_dir / path for path in inside.values()},
+        manifest=manifest,
+        gate=gate | {"storage": storage, "flavour": flavour},
+    )
 
 
 def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str) -> None:
     """Writes the decoder's graph: features and prompts to masks, for any number of pictures, objects and points."""
-    _, spec = segmenter_specs(model)
-    lengths = {"batch": 2, "objects": 3, "points": 5}
-    example = []
-    for tensor in spec.inputs:
-        shape = [lengths.get(length, length) for length in tensor.shape]
-        example.append(torch.zeros(shape, dtype=torch.int64 if tensor.dtype == "int64" else torch.float32))
-    _write(MaskDecoderGraph(model), tuple(example), spec, path, storage)
+    _write(MaskDecoderGraph(model), segmenter_specs(model).decoder, path, storage)
 
 
-def _write(module: nn.Module, example: tuple[Tensor, ...], spec: GraphSpec, path: Path, storage: str) -> None:
+def export_mask_prompt(model: Sam2Model, path: Path, *, storage: str) -> None:
+    """Writes the graph that puts a mask into a picture's features, for any number of pictures."""
+    _write(MaskPromptGraph(model), segmenter_specs(model).mask_prompt, path, storage)
+
+
+def _example(spec: GraphSpec) -> tuple[Tensor, ...]:
+    """Inputs to trace with; every dynamic length is another number, so that none is taken for another."""
+    lengths: dict[Any, int] = {"batch": 2, "objects": 3, "points": 5}
+    shapes = [[lengths.get(length, length) for length in tensor.shape] for tensor in spec.inputs]
+    dtypes = [torch.int64 if tensor.dtype == "int64" else torch.float32 for tensor in spec.inputs]
+    return tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+def _write(module: nn.Module, spec: GraphSpec, path: Path, storage: str) -> None:
     dims = {name: Dim(name) for tensor in spec.inputs for name in tensor.dynamic_axes.values()}
     shapes = tuple({axis: dims[name] for axis, name in tensor.dynamic_axes.items()} for tensor in spec.inputs)
     program = torch.onnx.export(
         module.eval(),
-        example,
+        _example(spec),
         dynamo=True,
         opset_version=OPSET,
         input_names=list(spec.input_names),

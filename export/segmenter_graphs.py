@@ -7,7 +7,8 @@ forward pass:
    included, and that ONNX Runtime fuses by itself.
 2. A box arrives as two labelled points, and the filler point as a third, as in SAM 2's own predictor; labels become
    embeddings by comparison instead of look-up, which leaves no index out of range to a caller's mistake.
-3. Mask prompts are left out: no policy gives them, so the "no mask" embedding is added to the picture once.
+3. Masks as prompts are a graph of their own, `MaskPromptGraph`, which changes the picture's features: no policy gives
+   them, so the decoder adds the "no mask" embedding, and the other graph takes it off again.
 4. All four masks come out with their scores; choosing among them (multimask or not, stability rule) is the host's.
 5. The picture is not repeated per object before the first layer needs it: broadcasting does that, and the result for
    any object is the same. Its positions are worked out at export.
@@ -112,6 +113,18 @@ class MaskDecoderGraph(nn.Module):
         up = decoder.activation(decoder.upscale_layer_norm(up))
         up = decoder.upscale_conv2(up)
         return decoder.activation((up.unflatten(0, (-1, objects)) + fine.unsqueeze(1)).flatten(0, 1))
+
+
+class MaskPromptGraph(nn.Module):
+    """Features of B pictures and one mask each -> features that the decoder takes in their place."""
+
+    def __init__(self, model: Sam2Model) -> None:
+        super().__init__()
+        self.embed = model.prompt_encoder.mask_embed
+        self.no_mask = nn.Buffer(model.prompt_encoder.no_mask_embed.weight.detach().reshape(1, -1, 1, 1))
+
+    def forward(self, image_embeddings: Tensor, mask_logits: Tensor) -> Tensor:
+        return image_embeddings + (self.embed(mask_logits) - self.no_mask)
 
 
 def _attention(module: Sam2Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

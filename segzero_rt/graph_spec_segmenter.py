@@ -9,7 +9,8 @@ from __future__ import annotations
 from segzero_rt.graph_spec import Dimension, GraphSpec, TensorSpec
 
 LABEL_NOTHING, LABEL_OUTSIDE, LABEL_INSIDE, LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT = -1, 0, 1, 2, 3
-"""What a labelled point says. Every prompt ends with exactly one `LABEL_NOTHING`, as SAM 2's own predictor does it."""
+"""What a labelled point says. Every prompt with a box or a point ends with exactly one `LABEL_NOTHING`, as SAM 2's own
+predictor does it; one with a mask alone has no labelled point at all."""
 
 NUM_MASK_TOKENS = 4
 """Mask 0 is the answer to a clear prompt; masks 1 to 3 are the readings of an ambiguous one."""
@@ -34,7 +35,7 @@ def image_encoder_spec(
 
 
 def mask_decoder_spec(*, mask_size_hw: tuple[int, int], hidden_size: int | None = None) -> GraphSpec:
-    """Features and prompts to mask logits, for any number of objects of each picture.
+    """Features and prompts to mask logits, for any number of objects of each picture from one up.
 
     A box is two labelled points. All prompts of one run have the same number of points; the host groups them, since a
     filler would be one more thing for the decoder to look at. All four masks come out, and the host chooses.
@@ -54,6 +55,23 @@ def mask_decoder_spec(*, mask_size_hw: tuple[int, int], hidden_size: int | None 
             TensorSpec("iou_scores", "float32", ("batch", "objects", NUM_MASK_TOKENS)),
             TensorSpec("object_logits", "float32", ("batch", "objects", 1)),
         ),
+    )
+
+
+def mask_prompt_spec(mask_size_hw: tuple[int, int], hidden_size: int | None = None) -> GraphSpec:
+    """A rough mask, put into the coarsest features: what the decoder then takes in their place.
+
+    It is a graph of its own because policies give no masks: the decoder, and its time, are the same without it.
+    """
+    height, width = mask_size_hw
+    features = (hidden_size or "width", height // 4, width // 4)
+    return GraphSpec(
+        name="mask_prompt",
+        inputs=(
+            TensorSpec("image_embeddings", "float32", ("batch", *features)),
+            TensorSpec("mask_logits", "float32", ("batch", 1, height, width)),
+        ),
+        outputs=(TensorSpec("prompted_embeddings", "float32", ("batch", *features)),),
     )
 
 

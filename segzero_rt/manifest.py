@@ -31,6 +31,9 @@ GATE_PASSED, GATE_NOT_RUN = "passed", "not_run"
 POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl",), ("sam2",)
 """Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
 
+LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
+"""Marks fields that came after the first bundles were written: where one is missing it has its default."""
+
 T = TypeVar("T")
 
 
@@ -59,10 +62,12 @@ class PolicyGraphs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmenterGraphs:
-    """Paths of the segmenter's two graphs inside the bundle."""
+    """Paths of the segmenter's graphs inside the bundle."""
 
     encoder: str
     decoder: str
+    mask_prompt: str | None = field(default=None, metadata=LATER)
+    """Takes masks in as prompts; None where the segmenter never learnt to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +190,8 @@ class Manifest:
     def required_files(self) -> tuple[str, ...]:
         """Paths that the runtime opens by their role."""
         graphs = (self.policy.graphs, self.segmenter.graphs)
-        return (self.tokenizer, *(getattr(g, f.name) for g in graphs for f in dataclasses.fields(g)))
+        paths = (getattr(g, f.name) for g in graphs for f in dataclasses.fields(g))
+        return (self.tokenizer, *(path for path in paths if path is not None))
 
     def to_json(self) -> str:
         """The text of `manifest.json`, digest included."""
@@ -259,9 +265,9 @@ def _decode(cls: type[T], value: object, where: str) -> T:
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every `cls` here is a dataclass
     if unknown := sorted(set(value) - set(known)):
         raise BundleError(f"{where}: unknown field {str(unknown[0])[:60]!r}; a newer segzero-rt may know it")
-    if missing := sorted(set(known) - set(value)):
+    if missing := sorted(name for name in set(known) - set(value) if known[name].metadata != LATER):
         raise BundleError(f"{where}: expected the field {missing[0]!r}, which is missing")
-    return cls(**{name: _convert(hints[name], value[name], f"{where}: {name}") for name in known})
+    return cls(**{name: _convert(hints[name], value[name], f"{where}: {name}") for name in known if name in value})
 
 
 def _convert(hint: Any, value: object, where: str) -> Any:

@@ -7,7 +7,8 @@ of the three ambiguous masks is given; without, the single mask, unless that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,19 +17,14 @@ from numpy.typing import NDArray
 
 from segzero_rt.answer import Prompt
 from segzero_rt.bundle import Bundle
+from segzero_rt.errors import PromptError
 from segzero_rt.graph import Backend, Graph, Stop
-from segzero_rt.graph_spec_segmenter import (
-    LABEL_BOTTOM_RIGHT,
-    LABEL_INSIDE,
-    LABEL_NOTHING,
-    LABEL_TOP_LEFT,
-    image_encoder_spec,
-    mask_decoder_spec,
-)
+from segzero_rt.graph_spec_segmenter import image_encoder_spec, mask_decoder_spec, mask_prompt_spec
 from segzero_rt.image import check_image
 from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
 from segzero_rt.resampling import resize
+from segzero_rt.segmenter_prompt import SegmenterPrompt
 
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
 """SAM 2's `dynamic_multimask_stability_*`: how little a single mask may change between logits of -delta and +delta."""
@@ -109,8 +105,12 @@ class ImageEncoder:
 class MaskDecoder:
     """Features and prompts to masks."""
 
-    def __init__(self, graph: Graph, manifest: SegmenterManifest) -> None:
+    def __init__(
+        self, graph: Graph, manifest: SegmenterManifest, mask_prompt: Callable[[], Graph] | None = None
+    ) -> None:
+        """`mask_prompt` gives the graph that takes masks in; it is asked with the first such prompt."""
         self._graph = graph
+        self._mask_prompt = mask_prompt
         self.manifest = manifest
 
     @classmethod
@@ -124,24 +124,34 @@ class MaskDecoder:
         manifest = bundle.manifest.segmenter
         path = bundle.file(manifest.graphs.decoder)
         spec = mask_decoder_spec(mask_size_hw=manifest.mask_size_hw)
-        return cls(Graph.load(path, spec, backend=backend, threads=threads), manifest)
+        graph = Graph.load(path, spec, backend=backend, threads=threads)
+        if manifest.graphs.mask_prompt is None:
+            return cls(graph, manifest)
+        masks_path, masks_spec = bundle.file(manifest.graphs.mask_prompt), mask_prompt_spec(manifest.mask_size_hw)
+        load = functools.cache(lambda: Graph.load(masks_path, masks_spec, backend=backend, threads=threads))
+        return cls(graph, manifest, load)
 
     def __call__(
-        self, embedding: ImageEmbedding, prompts: Sequence[Prompt], *, multimask: bool = True
+        self, embedding: ImageEmbedding, prompts: Sequence[Prompt | SegmenterPrompt], *, multimask: bool = True
     ) -> MaskPrediction:
         """Decodes one mask per prompt.
 
         Args:
             embedding: of the picture that the prompts refer to.
-            prompts: boxes and points in source pixels; none gives arrays of length 0.
+            prompts: boxes, points and masks in source pixels; none gives arrays of length 0.
             multimask: choose among the three masks of an ambiguous prompt; False prefers the single mask.
+
+        Raises:
+            PromptError: a mask where the bundle takes none, or of another size than `manifest.mask_size_hw`.
         """
-        count = len(prompts)
-        logits = np.zeros((count, *self.manifest.mask_size_hw), np.float32)
-        scores, object_logits = np.zeros(count, np.float32), np.zeros(count, np.float32)
-        for members in _groups(prompts):
-            points_xy, labels = self._points([prompts[index] for index in members], embedding.size_hw)
-            outputs = self._graph.run({**embedding.features, "points_xy": points_xy, "labels": labels})
+        asked = [SegmenterPrompt.of(prompt) for prompt in prompts]
+        logits = np.zeros((len(asked), *self.manifest.mask_size_hw), np.float32)
+        scores, object_logits = np.zeros(len(asked), np.float32), np.zeros(len(asked), np.float32)
+        for members in _groups(asked):
+            group = [asked[index] for index in members]
+            points_xy, labels = self._points(group, embedding.size_hw)
+            features = self._features(embedding, group[0])
+            outputs = self._graph.run({**features, "points_xy": points_xy, "labels": labels})
             chosen, chosen_scores = choose_masks(
                 outputs["mask_logits"][0], outputs["iou_scores"][0], multimask=multimask
             )
@@ -150,24 +160,37 @@ class MaskDecoder:
         masks = masks_from_logits(logits, embedding.size_hw)
         return MaskPrediction(masks=masks, scores=scores, logits=logits, object_logits=object_logits)
 
+    def _features(self, embedding: ImageEmbedding, prompt: SegmenterPrompt) -> Mapping[str, NDArray[np.float32]]:
+        """The picture's features; with a mask, which stands alone in its group, as that mask changes them."""
+        mask = prompt.mask_logits
+        if mask is None:
+            return embedding.features
+        if self._mask_prompt is None:
+            raise PromptError("expected a box or points: this bundle takes no masks in; export its segmenter anew")
+        if mask.shape != self.manifest.mask_size_hw:
+            raise PromptError(f"expected a mask's logits as {self.manifest.mask_size_hw}, got {mask.shape}")
+        inputs = {"image_embeddings": embedding.features["image_embeddings"], "mask_logits": mask[None, None]}
+        return {**embedding.features, "image_embeddings": self._mask_prompt().run(inputs)["prompted_embeddings"]}
+
     def _points(
-        self, prompts: Sequence[Prompt], size_hw: tuple[int, int]
+        self, prompts: Sequence[SegmenterPrompt], size_hw: tuple[int, int]
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Prompts with equally many points -> float32 [1, N, P, 2] in input pixels and labels int64 [1, N, P]."""
-        num_points = len(prompts[0].points_xy)
-        labels = [LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT, *[LABEL_INSIDE] * num_points, LABEL_NOTHING]
-        corners = [(prompt.box_xyxy[:2], prompt.box_xyxy[2:], *prompt.points_xy, (0.0, 0.0)) for prompt in prompts]
+        """Prompts with the same labels -> float32 [1, N, P, 2] in input pixels and labels int64 [1, N, P]."""
         height, width = self.manifest.input_size_hw
         scale_xy = np.array([width / size_hw[1], height / size_hw[0]])
-        points_xy = (np.array(corners, np.float64) * scale_xy).astype(np.float32)
-        return points_xy[None], np.tile(np.array(labels, np.int64), (1, len(prompts), 1))
+        points = np.array([prompt.labelled_xy for prompt in prompts], np.float64).reshape(len(prompts), -1, 2)
+        points_xy = (points * scale_xy).astype(np.float32)
+        return points_xy[None], np.tile(np.array(prompts[0].labels, np.int64), (1, len(prompts), 1))
 
 
-def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Indices of prompts with equally many points, so that no prompt is filled up with points that mean nothing."""
-    groups: dict[int, list[int]] = {}
+def _groups(prompts: Sequence[SegmenterPrompt]) -> list[list[int]]:
+    """Indices of prompts with the same labels, so that no prompt is filled up with points that mean nothing.
+
+    A prompt with a mask stands alone: the mask changes the picture's features.
+    """
+    groups: dict[object, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        groups.setdefault(len(prompt.points_xy), []).append(index)
+        groups.setdefault(prompt.labels if prompt.mask_logits is None else index, []).append(index)
     return list(groups.values())
 
 

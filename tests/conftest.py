@@ -11,6 +11,8 @@ import pytest
 from segzero_rt.bundle import EMBEDDED, write_bundle
 
 if TYPE_CHECKING:
+    from exported_segmenter import Exported
+
     from export.policy import PolicyExport
 
 
@@ -34,6 +36,14 @@ def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     )
     build_segmenter(size).save_pretrained(folder / "segmenter")
     return folder / "policy", folder / "segmenter"
+
+
+@pytest.fixture(scope="session")
+def exported_segmenter(tiny_checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny segmenter's graphs with unrounded weights, beside it."""
+    from exported_segmenter import export_tiny
+
+    return export_tiny(tiny_checkpoints[1], tmp_path_factory.mktemp("segmenter"))
 
 
 @pytest.fixture(scope="session")

@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from exported_segmenter import Exported
 from PIL import Image
 
 from segzero_rt.answer import Prompt
 from segzero_rt.errors import ExportError, GraphError, ImageError
 from segzero_rt.graph import Graph
-from segzero_rt.graph_spec import GraphSpec
 from segzero_rt.graph_spec_segmenter import mask_decoder_spec
-from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
-from segzero_rt.segmenter import ImageEncoder, MaskDecoder, choose_masks
+from segzero_rt.segmenter import choose_masks
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
 
 from export.gate_segmenter import EXACT, gate_segmenter  # noqa: E402
 from export.onnx_weights import store_weights_fp16  # noqa: E402 - needs torch's absence to skip first
-from export.segmenter import IR_VERSION, OPSET, export_segmenter, segmenter_specs  # noqa: E402
-from export.segmenter_checkpoint import load_checkpoint  # noqa: E402
+from export.segmenter import IR_VERSION, OPSET, export_segmenter  # noqa: E402
 from export.segmenter_encoder import build_image_encoder, window_slots  # noqa: E402
+from export.segmenter_specs import SegmenterFiles, segmenter_specs  # noqa: E402
 
 NOTHING = -1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """The tiny segmenter: in PyTorch, as graphs with unrounded weights, as the runtime's two halves."""
-
-    model: Any
-    paths: tuple[Path, Path]
-    specs: tuple[GraphSpec, GraphSpec]
-    graphs: tuple[Graph, Graph]
-    manifest: SegmenterManifest
-    encoder: ImageEncoder
-    decoder: MaskDecoder
-
-
 @pytest.fixture(scope="module")
-def exported(tiny_checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    result = export_segmenter(tiny_checkpoints[1], tmp_path_factory.mktemp("exact"), storage="float32")
-    model = load_checkpoint(tiny_checkpoints[1])
-    paths = (result.files[result.manifest.graphs.encoder], result.files[result.manifest.graphs.decoder])
-    specs = segmenter_specs(model)
-    graphs = (Graph.load(paths[0], specs[0], backend="cpu"), Graph.load(paths[1], specs[1], backend="cpu"))
-    return Exported(
-        model=model,
-        paths=paths,
-        specs=specs,
-        graphs=graphs,
-        manifest=result.manifest,
-        encoder=ImageEncoder(graphs[0], result.manifest),
-        decoder=MaskDecoder(graphs[1], result.manifest),
-    )
+def exported(exported_segmenter: Exported) -> Exported:
+    return exported_segmenter
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -100,7 +72,7 @@ def test_the_encoder_of_any_size_and_flavour_is_that_of_sam2(
     model = build_segmenter(SegmenterSize(**widths, decoder_dim=32, **size)).eval()
     for parameter in model.parameters():  # biases and norms are 0 and 1 in a new model, which would hide mistakes
         torch.nn.init.normal_(parameter, std=0.1)
-    spec, _ = segmenter_specs(model)
+    spec = segmenter_specs(model).encoder
     build_image_encoder(model, spec, flavour=flavour, storage="float32").save(tmp_path / "encoder.onnx")
     domains = {entry.domain for entry in onnx.load(tmp_path / "encoder.onnx").opset_import}
     assert domains == ({"", "com.microsoft"} if flavour == "ort" else {""}), "portable has plain operators alone"
@@ -128,9 +100,9 @@ def test_windows_cover_the_map_once_and_pool_on_an_axis() -> None:
 
 
 def test_an_int8_encoder_is_smaller_and_nearly_the_same(exported: Exported, tmp_path: Path) -> None:
-    spec, _ = segmenter_specs(exported.model)
+    spec = segmenter_specs(exported.model).encoder
     build_image_encoder(exported.model, spec, flavour="ort", storage="int8").save(tmp_path / "encoder.onnx")
-    assert (tmp_path / "encoder.onnx").stat().st_size < 0.6 * exported.paths[0].stat().st_size
+    assert (tmp_path / "encoder.onnx").stat().st_size < 0.6 * exported.files.encoder.stat().st_size
     kinds = {node.op_type for node in onnx.load(tmp_path / "encoder.onnx").graph.node}
     assert {"DynamicQuantizeLinear", "MatMulIntegerToFloat", "Gemm"} <= kinds, "narrow products stay in float"
     pixels = noise(4, 1, 3, *exported.manifest.input_size_hw)
@@ -274,7 +246,7 @@ def test_the_best_score_is_taken_and_the_single_mask_only_when_stable() -> None:
 
 
 def test_graphs_load_in_the_oldest_runtime_that_is_supported(exported: Exported) -> None:
-    for path in exported.paths:
+    for path in (exported.files.encoder, exported.files.decoder, exported.files.mask_prompt):
         model = onnx.load(path)
         assert model.ir_version == IR_VERSION <= 10
         assert {entry.domain: entry.version for entry in model.opset_import}[""] <= OPSET
@@ -282,20 +254,19 @@ def test_graphs_load_in_the_oldest_runtime_that_is_supported(exported: Exported)
 
 def test_a_graph_of_another_size_is_refused(exported: Exported) -> None:
     with pytest.raises(GraphError, match="mask_decoder"):
-        Graph.load(exported.paths[1], mask_decoder_spec(mask_size_hw=(32, 32)), backend="cpu")
+        Graph.load(exported.files.decoder, mask_decoder_spec(mask_size_hw=(32, 32)), backend="cpu")
 
 
 def test_the_gate_notices_a_wrong_weight(exported: Exported, tmp_path: Path) -> None:
-    damaged = onnx.load(exported.paths[1])
+    damaged = onnx.load(exported.files.decoder)
     largest = max(damaged.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     values = onnx.numpy_helper.to_array(largest).copy()
     values *= 1.05
     largest.raw_data = values.tobytes()
     onnx.save(damaged, tmp_path / "damaged.onnx")
     with pytest.raises(ExportError, match="no bundle was written"):
-        gate_segmenter(
-            exported.model, exported.paths[0], tmp_path / "damaged.onnx", exported.specs, pictures=(), limits=EXACT
-        )
+        files = SegmenterFiles(encoder=exported.files.encoder, decoder=tmp_path / "damaged.onnx")
+        gate_segmenter(exported.model, files, pictures=(), limits=EXACT)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -360,7 +331,7 @@ def test_the_gate_sees_a_nan_behind_a_number(exported: Exported, monkeypatch: py
 
     monkeypatch.setattr(Graph, "run", spoiled)
     with pytest.raises(ExportError, match="max_score_error nan"):
-        gate_segmenter(exported.model, *exported.paths, exported.specs, pictures=[], limits=EXACT)
+        gate_segmenter(exported.model, exported.files, pictures=[], limits=EXACT)
 
 
 @pytest.mark.slow

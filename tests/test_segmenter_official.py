@@ -15,7 +15,8 @@ import pytest
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph import Graph
-from segzero_rt.segmenter import ImageEncoder, choose_masks
+from segzero_rt.segmenter import ImageEncoder, MaskDecoder
+from segzero_rt.segmenter_prompt import SegmenterPrompt
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
 
@@ -175,8 +176,9 @@ def test_the_graphs_answer_as_sam2_itself(tmp_path: Path, shapes: Shapes) -> Non
     """True size, random weights: the package writes a checkpoint and answers; the runtime answers from its export."""
     import sam2_reference
 
-    from export.segmenter import export_mask_decoder, segmenter_manifest, segmenter_specs
+    from export.segmenter import export_mask_decoder, export_mask_prompt, segmenter_manifest
     from export.segmenter_encoder import build_image_encoder
+    from export.segmenter_specs import segmenter_specs
 
     command = [sys.executable, str(TESTS / "sam2_reference.py"), str(SAM2), "configs/sam2.1/sam2.1_hiera_t.yaml"]
     run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=600, check=False)
@@ -184,39 +186,43 @@ def test_the_graphs_answer_as_sam2_itself(tmp_path: Path, shapes: Shapes) -> Non
     assert json.loads((tmp_path / "names.json").read_text()) == shapes, "the record is of this package"
     theirs = np.load(tmp_path / "answers.npz")
     model = load_checkpoint(tmp_path / "checkpoint.pt")
-    specs, paths = segmenter_specs(model), (tmp_path / "encoder.onnx", tmp_path / "decoder.onnx")
-    build_image_encoder(model, specs[0], flavour="portable", storage="float32").save(paths[0])
-    export_mask_decoder(model, paths[1], storage="float32")
-    encoder = ImageEncoder(Graph.load(paths[0], specs[0], backend="cpu"), segmenter_manifest(model))
-    decoder = Graph.load(paths[1], specs[1], backend="cpu")
-    features = encoder(sam2_reference.picture()).features
-    for name, ours in features.items():
+    specs, manifest = segmenter_specs(model), segmenter_manifest(model)
+    build_image_encoder(model, specs.encoder, flavour="portable", storage="float32").save(tmp_path / "encoder.onnx")
+    export_mask_decoder(model, tmp_path / "decoder.onnx", storage="float32")
+    export_mask_prompt(model, tmp_path / "mask_prompt.onnx", storage="float32")
+    encoder, decoder, masks = (
+        Graph.load(tmp_path / f"{name}.onnx", getattr(specs, name), backend="cpu") for name in specs._fields
+    )
+    embedding = ImageEncoder(encoder, manifest)(sam2_reference.picture())
+    for name, ours in embedding.features.items():
         assert relative(ours, theirs[name]) < 1e-5, name
     for name, arguments in sam2_reference.cases().items():
-        if "mask_input" in arguments:
-            continue
-        points_xy, labels = labelled_points(arguments)
-        outputs = decoder.run({**features, "points_xy": points_xy, "labels": labels})
-        logits, scores = outputs["mask_logits"][0], outputs["iou_scores"][0]
-        if arguments.get("multimask_output", True):
-            logits, scores = logits[:, 1:], scores[:, 1:]
-        else:
-            logits, scores = choose_masks(logits, scores, multimask=False)
-        answered = theirs[f"{name}: logits"]
-        assert relative(np.clip(logits.reshape(answered.shape), -32, 32), answered) < 1e-5, name
-        np.testing.assert_allclose(scores.reshape(-1), theirs[f"{name}: scores"].reshape(-1), atol=1e-5, err_msg=name)
+        multimask = arguments.get("multimask_output", True)
+        ours = MaskDecoder(decoder, manifest, lambda: masks)(embedding, prompts(arguments), multimask=multimask)
+        scores = theirs[f"{name}: scores"].reshape(len(ours.scores), -1)
+        best = scores.argmax(axis=1)  # where SAM 2 gives three readings the runtime gives the best scored
+        rows = np.arange(len(best))
+        logits = theirs[f"{name}: logits"].reshape(*scores.shape, *manifest.mask_size_hw)[rows, best]
+        assert relative(np.clip(ours.logits, -32, 32), logits) < 1e-5, name
+        np.testing.assert_allclose(ours.scores, scores[rows, best], atol=1e-5, err_msg=name)
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-def labelled_points(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Arguments of SAM 2's predictor as the decoder's graph takes them: corners, points, filler."""
-    boxes = arguments["box"].reshape(-1, 2, 2) if "box" in arguments else None
-    count = 1 if boxes is None else len(boxes)
-    corners = np.zeros((count, 0, 2), np.float32) if boxes is None else boxes
-    points = np.tile(arguments.get("point_coords", np.zeros((0, 2), np.float32)), (count, 1, 1))
-    points_xy = np.concatenate([corners, points, np.zeros((count, 1, 2), np.float32)], axis=1)
-    labels = [*([2, 3] if boxes is not None else []), *arguments.get("point_labels", []), -1]
-    return points_xy[None].astype(np.float32), np.tile(np.array(labels, np.int64), (1, count, 1))
+def prompts(arguments: dict[str, Any]) -> list[SegmenterPrompt]:
+    """Arguments of SAM 2's predictor as the runtime's prompts."""
+    boxes = [tuple(map(float, box)) for box in arguments.get("box", [])] or [None]
+    points = [tuple(map(float, point)) for point in arguments.get("point_coords", [])]
+    labelled = list(zip(points, arguments.get("point_labels", []), strict=True))
+    mask = arguments.get("mask_input")
+    return [
+        SegmenterPrompt(
+            box_xyxy=box,
+            points_xy=tuple(point for point, label in labelled if label == 1),
+            outside_xy=tuple(point for point, label in labelled if label == 0),
+            mask_logits=None if mask is None else mask[0],
+        )
+        for box in boxes
+    ]
