@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from segzero_rt.graph_spec import MASKED
 from segzero_rt.positions import MropeTable, PictureSpan
 
 Floats = NDArray[np.float32]
+Rows = NDArray[np.floating[Any]]
+"""Keys or values, in the precision that the graph keeps them in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,11 +34,21 @@ class CacheSizes:
     vocab_size: int
 
 
+class _Step:
+    """Buffers for runs of so many tokens, which stay tied to the graph from run to run."""
+
+    def __init__(self, batch: int, new: int, sizes: CacheSizes) -> None:
+        self.embeds: Floats = np.zeros((batch, new, sizes.hidden_size), dtype=np.float32)
+        self.rows = np.tile(np.arange(new, dtype=np.int64), (batch, 1))
+        self.logits: Floats = np.zeros((batch, new, sizes.vocab_size), dtype=np.float32)
+        self.bound: BoundGraph | None = None
+
+
 class KVCache(ABC):
     """Cache of one decoder for `batch` sequences that share one layout of picture and text.
 
     A row of the batch is one sequence with its own length. Use `KVCache.create`, then `extend` for many tokens and
-    `step` for one. What `step` returns is overwritten by the next step.
+    `step` for one or a few, always as many. What `step` returns is overwritten by the next step of as many tokens.
     """
 
     def __init__(
@@ -46,12 +59,10 @@ class KVCache(ABC):
         self.capacity = table.max_length
         self.lengths: NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         """Tokens in the cache, per row."""
-        self.next_embeds: Floats = np.zeros((batch, 1, sizes.hidden_size), dtype=np.float32)
-        """Where `step` reads the token that it adds: fill it, then call."""
         self._graph = graph
+        self._dtype = np.dtype(graph.spec.tensor("past_key_0").dtype)
         self._rotary = table.rows(picture)
-        self._step: BoundGraph | None = None
-        self._step_logits: Floats = np.zeros((batch, 1, sizes.vocab_size), dtype=np.float32)
+        self._steps: dict[int, _Step] = {}
 
     @staticmethod
     def create(
@@ -66,6 +77,17 @@ class KVCache(ABC):
         return len(self.lengths)
 
     @property
+    def next_embeds(self) -> Floats:
+        """Where a `step` of one token reads it, float32 [batch, 1, hidden]: fill it, then call."""
+        return self.step_embeds(1)
+
+    def step_embeds(self, new: int) -> Floats:
+        """Where a `step` of `new` tokens reads them, float32 [batch, new, hidden]; always the same memory."""
+        if new not in self._steps:
+            self._steps[new] = _Step(self.batch, new, self.sizes)
+        return self._steps[new].embeds
+
+    @property
     def mrope_delta(self) -> int:
         """Position minus place of every token after the picture."""
         return self.picture.mrope_delta if self.picture else 0
@@ -74,7 +96,15 @@ class KVCache(ABC):
     def num_bytes(self) -> int:
         """Memory that a full cache takes."""
         sizes = self.sizes
-        return 2 * sizes.num_layers * self.batch * sizes.num_kv_heads * self.capacity * sizes.head_dim * 4
+        return (
+            2
+            * sizes.num_layers
+            * self.batch
+            * sizes.num_kv_heads
+            * self.capacity
+            * sizes.head_dim
+            * self._dtype.itemsize
+        )
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens from place `length` on, in every row.
@@ -109,20 +139,26 @@ class KVCache(ABC):
         self.lengths += new if new_lengths is None else new_lengths
         return logits
 
-    def step(self) -> Floats:
-        """Adds the token in `next_embeds` to each row; returns its logits, float32 [batch, 1, vocab].
+    def step(self, new: int = 1) -> Floats:
+        """Adds the tokens in `step_embeds(new)` to each row; returns logits of all, float32 [batch, new, vocab].
+
+        Several tokens at once are for a batch of one.
 
         Raises:
-            ValueError: the cache is full.
+            ValueError: the cache has no room for them, or the batch has several rows and each several tokens.
         """
-        self._check_room(1)
-        if self._step is None or self._stale():
-            self._step = self._bind(self.next_embeds, np.zeros((self.batch, 1), dtype=np.int64), self._step_logits)
-        self._prepare(1)
-        self._step.run()
-        self._keep(1)
-        self.lengths += 1
-        return self._step_logits
+        if new > 1 and self.batch > 1:
+            raise ValueError(f"expected steps of one token for a batch of {self.batch}, got {new}")
+        self._check_room(new)
+        self.step_embeds(new)
+        step = self._steps[new]
+        if step.bound is None or self._stale(step.bound, new):
+            step.bound = self._bind(step.embeds, step.rows, step.logits)
+        self._prepare(new)
+        step.bound.run()
+        self._keep(new)
+        self.lengths += new
+        return step.logits
 
     def _add(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> None:
         """Runs the graph over new tokens of all rows."""
@@ -155,8 +191,8 @@ class KVCache(ABC):
     def _keep(self, new: int) -> None:
         """Puts the new rows where they belong, if the graph has not."""
 
-    def _stale(self) -> bool:
-        """True when the bound step no longer fits the buffers."""
+    def _stale(self, bound: BoundGraph, new: int) -> bool:
+        """True when the bound step of so many tokens no longer fits the buffers."""
         return False
 
 
@@ -168,7 +204,7 @@ class InPlaceCache(KVCache):
     ) -> None:
         super().__init__(graph, sizes, table, picture, batch)
         shape = self._cache_shape(self.capacity)
-        self._buffers: list[Buffer] = [graph.empty(shape) for _ in range(2 * sizes.num_layers)]
+        self._buffers: list[Buffer] = [graph.empty(shape, self._dtype.name) for _ in range(2 * sizes.num_layers)]
         self._seqlens_k = np.zeros(batch, dtype=np.int32)
         self._total_length = np.zeros(1, dtype=np.int32)
         self._many: BoundGraph | None = None  # of `extend`; only three of its buffers differ from call to call
@@ -223,14 +259,14 @@ class ReturnedRowsCache(KVCache):
         self, graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None, batch: int
     ) -> None:
         super().__init__(graph, sizes, table, picture, batch)
-        self._buffers: list[Floats] = [self._allocate(min(self.STRIDE, self.capacity)) for _ in self._names("past")]
-        self._rows: list[Floats] = []
+        self._buffers: list[Rows] = [self._allocate(min(self.STRIDE, self.capacity)) for _ in self._names("past")]
+        self._rows: list[Rows] = []
         self._bias = np.zeros(0, dtype=np.float32)
         self._new_rotary = (self._bias, self._bias)
-        self._bound_to: tuple[int, int] = (0, 0)  # (new, rows of the buffers) of the latest binding
+        self._latest: BoundGraph | None = None  # the only binding that the arrays above belong to
 
-    def _allocate(self, rows: int) -> Floats:
-        return np.zeros(self._cache_shape(rows), dtype=np.float32)
+    def _allocate(self, rows: int) -> Rows:
+        return np.zeros(self._cache_shape(rows), dtype=self._dtype)
 
     def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
         new = embeds.shape[1]
@@ -243,7 +279,6 @@ class ReturnedRowsCache(KVCache):
             np.zeros((self.batch, new, half), np.float32),
             np.zeros((self.batch, new, half), np.float32),
         )
-        self._bound_to = (new, rows)
         inputs = {
             "inputs_embeds": embeds,
             "logits_rows": logits_rows,
@@ -252,7 +287,9 @@ class ReturnedRowsCache(KVCache):
             "rotary_sin": self._new_rotary[1],
             **dict(zip(self._names("past"), self._buffers, strict=True)),
         }
-        return self._graph.bind(inputs, {"logits": logits, **dict(zip(self._names("new"), self._rows, strict=True))})
+        outputs = {"logits": logits, **dict(zip(self._names("new"), self._rows, strict=True))}
+        self._latest = self._graph.bind(inputs, outputs)
+        return self._latest
 
     def _prepare(self, new: int) -> None:
         rows = self._buffers[0].shape[2]
@@ -269,8 +306,8 @@ class ReturnedRowsCache(KVCache):
             for row, length in enumerate(self.lengths):
                 buffer[row, :, length : length + new] = rows[row]
 
-    def _stale(self) -> bool:
-        return self._bound_to != (1, self._buffers[0].shape[2]) or int(self.lengths.max()) + 1 > self._bound_to[1]
+    def _stale(self, bound: BoundGraph, new: int) -> bool:
+        return bound is not self._latest or int(self.lengths.max()) + new > self._buffers[0].shape[2]
 
     def _grow(self, needed: int) -> None:
         rows = self._buffers[0].shape[2]

@@ -1,7 +1,7 @@
 """The policy at run time: a picture and a question to text, greedily, without PyTorch.
 
 look(picture):  patches ─► vision graph ─► features ─► decoder over the prefix ─► View (its KV cache)
-ask(view, question):  View cut back to its prefix ─► decoder over the question ─► token by token to the end
+ask(view, question):  View cut back to its prefix ─► decoder over the question ─► `decoding.py` to the end
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from segzero_rt.answer_format import FORMATS, AnswerFormat
 from segzero_rt.bundle import Bundle
 from segzero_rt.chat import Chat, TextStream
-from segzero_rt.errors import BundleError, QuestionError
+from segzero_rt.decoding import DecodeCounts, GreedyReply, TokenRuns, rows_are_independent
+from segzero_rt.drafting import Draft, Drafter
+from segzero_rt.errors import BackendError, BundleError, QuestionError
 from segzero_rt.graph import Backend, Graph, resolve_backend
 from segzero_rt.graph_spec import MASKED, GraphSpec, decoder_spec, embedding_spec, vision_spec
 from segzero_rt.kv_cache import CacheSizes, KVCache
@@ -29,6 +31,9 @@ from segzero_rt.preprocess import Preprocessor
 VISION_ROPE_THETA = 10000.0
 """Base of the vision tower's rotary frequencies; the same in every checkpoint of the family."""
 
+DRAFT_TOKENS = 5
+"""Guesses in one run of the decoder, by default: six tokens take a sixth longer than one, eight half as long again."""
+MAX_DRAFT_TOKENS = 64
 SMALL_DECODER_BYTES = 64 << 20
 """Decoders below this run on one thread unless the caller says otherwise."""
 
@@ -45,6 +50,7 @@ class Generation:
     cancelled: bool = False
     timings_ms: dict[str, float] = field(default_factory=dict)
     """"question" (prefill of the question) and "decode" (all tokens of the reply)."""
+    counts: DecodeCounts = field(default_factory=DecodeCounts)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -74,7 +80,10 @@ class Policy:
         embedding: Graph,
         decoder: Graph,
         answer_format: AnswerFormat,
+        draft_tokens: int | None = None,
     ) -> None:
+        if draft_tokens is not None and not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise BackendError(f"expected 0 to {MAX_DRAFT_TOKENS} guessed tokens a run, got {draft_tokens}")
         if chat.image_token_id != manifest.image_token_id or chat.vocab_size > manifest.vocab_size:
             raise BundleError(
                 f"expected a tokenizer with <|image_pad|> = {manifest.image_token_id} and at most "
@@ -95,6 +104,9 @@ class Policy:
         self._layout = _layout(manifest, self.preprocessor.grid_hw)
         self._layout_inputs = self._layout.inputs()
         self._spare_caches: list[KVCache] = []
+        self._draft_tokens = _default_draft(decoder) if draft_tokens is None else draft_tokens
+        self._drafters: dict[AnswerFormat, Drafter] = {}
+        self._rows_independent: bool | None = None
         self._rotary = MropeTable(
             head_dim=manifest.head_dim,
             theta=manifest.rope_theta,
@@ -112,11 +124,22 @@ class Policy:
             )
 
     @classmethod
-    def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> Policy:
+    def load(
+        cls,
+        bundle: Bundle,
+        *,
+        backend: str | Backend = "auto",
+        threads: int | None = None,
+        draft_tokens: int | None = None,
+    ) -> Policy:
         """Loads the policy's graphs and tokenizer from a bundle.
 
+        Args:
+            draft_tokens: guesses that the decoder checks in one run, 0 for none; by default `DRAFT_TOKENS` on the CPU.
+                They change how fast a reply comes, and nothing else: where they would, none are made.
+
         Raises:
-            BackendError: the backend is not there.
+            BackendError: the backend is not there, or more guesses than `MAX_DRAFT_TOKENS`.
             GraphError: a graph differs from its spec.
             BundleError: the tokenizer does not fit the manifest.
         """
@@ -131,6 +154,7 @@ class Policy:
             answer_format=manifest.answer_format,
             backend=backend,
             threads=threads,
+            draft_tokens=draft_tokens,
         )
 
     @classmethod
@@ -143,6 +167,7 @@ class Policy:
         answer_format: str,
         backend: str | Backend = "auto",
         threads: int | None = None,
+        draft_tokens: int | None = None,
     ) -> Policy:
         """Loads a policy that is not in a bundle yet; `graphs` are the files of "vision", "embedding" and "decoder".
 
@@ -159,7 +184,8 @@ class Policy:
         for name, spec in policy_specs(manifest).items():
             chosen = _threads(name, graphs["decoder"]) if threads is None else threads
             loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen)
-        return cls(manifest, Chat(tokenizer), answer_format=FORMATS[answer_format], **loaded)
+        chat, form = Chat(tokenizer), FORMATS[answer_format]
+        return cls(manifest, chat, answer_format=form, draft_tokens=draft_tokens, **loaded)
 
     @property
     def backend(self) -> Backend:
@@ -236,31 +262,35 @@ class Policy:
         budget = min(budget, cache.capacity - int(cache.lengths[0]) + 1)
         stream = TextStream(self.chat)
         pieces: list[str] = []
-        for token_id in started:
-            _tell(stream.push(token_id), pieces, on_token)
-        finished = stopped = False
-        token = _NextToken(self._embedding, cache)
-        for place in range(budget):
+        for given in started:
+            _tell(stream.push(given), pieces, on_token)
+        runs = TokenRuns(self._embedding, cache)
+        draft = self._draft(runs, cache, answer_format or self.default_format, prompt)
+        reply = GreedyReply(runs, cache, end_token_ids=self.manifest.eos_token_ids, draft=draft)
+        tokens = reply.tokens(int(logits.argmax()), budget)
+        stopped = False
+        for _ in range(budget):
             if cancelled is not None and cancelled():
                 stopped = True
                 break
-            token_id = int(logits.argmax())
-            if token_id in self.manifest.eos_token_ids:
-                finished = True
+            if (token_id := next(tokens, None)) is None:
                 break
             _tell(stream.push(token_id), pieces, on_token)
-            if place + 1 < budget:
-                token.look_up(token_id)
-                logits = cache.step()
         _tell(stream.finish(), pieces, on_token)
         clock.lap("decode")
         return Generation(
             text="".join(pieces),
             token_ids=stream.token_ids,
-            finished=finished,
+            finished=reply.finished,
             cancelled=stopped,
             timings_ms=clock.timings_ms,
+            counts=reply.counts,
         )
+
+    def forget_replies(self) -> None:
+        """Lets later guesses know nothing of what was asked and said before, as if the policy had just been loaded."""
+        for drafter in self._drafters.values():
+            drafter.forget()
 
     def answer(
         self,
@@ -341,24 +371,28 @@ class Policy:
         if not self._spare_caches and cache.lengths[0] >= len(self._before_picture):
             self._spare_caches.append(cache)
 
+    def _draft(self, runs: TokenRuns, cache: KVCache, answer_format: AnswerFormat, prompt: list[int]) -> Draft | None:
+        """Guesses for one reply; None where they are switched off, or could change what is said."""
+        if not self._draft_tokens:
+            return None
+        if self._rows_independent is None:  # found out once, at the first question
+            different = [*dict.fromkeys(prompt)][-1 - DRAFT_TOKENS :]
+            if len(different) < 4 or cache.lengths[0] + len(different) > cache.capacity:
+                return None
+            self._rows_independent = rows_are_independent(runs, cache, different)
+        if not self._rows_independent:
+            return None
+        if answer_format not in self._drafters:
+            end_token_id = self.manifest.eos_token_ids[0]
+            self._drafters[answer_format] = Drafter.of_format(answer_format, self.chat.reply_start, end_token_id)
+        return Draft(self._drafters[answer_format], prompt, self._draft_tokens)
+
     def _features(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]
 
     def embed(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Rows of the token table, float32 [1, tokens, hidden]."""
         return self._embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
-
-
-class _NextToken:
-    """Looks up one token at a time, straight into the place where the cache's step reads it."""
-
-    def __init__(self, embedding: Graph, cache: KVCache) -> None:
-        self._ids = np.zeros((cache.batch, 1), dtype=np.int64)
-        self._bound = embedding.bind({"input_ids": self._ids}, {"inputs_embeds": cache.next_embeds})
-
-    def look_up(self, token_id: int) -> None:
-        self._ids[0, 0] = token_id
-        self._bound.run()
 
 
 class _Clock:
@@ -378,6 +412,11 @@ def _threads(name: str, decoder: Path) -> int | None:
     """One for a small decoder: its products are so short that waking a second thread costs more than it saves."""
     small = decoder.is_file() and decoder.stat().st_size < SMALL_DECODER_BYTES
     return 1 if small and name != "vision" else None
+
+
+def _default_draft(decoder: Graph) -> int:
+    """None on a device, where nothing here has measured what a run of several tokens takes."""
+    return DRAFT_TOKENS if decoder.backend.device == "cpu" else 0
 
 
 def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:

@@ -159,8 +159,8 @@ def test_no_copy_of_the_cache_per_token(decoder: Graph, checkpoint: PolicyCheckp
     bound = None
     for _ in range(10):
         cache.step()
-        assert bound is None or cache._step is bound, "bound once"
-        bound = cache._step
+        assert bound is None or cache._steps[1].bound is bound, "bound once"
+        bound = cache._steps[1].bound
     assert [buffer.ctypes.data for buffer in cache._buffers] == before
     text = checkpoint.text
     assert cache.num_bytes == sum(buffer.nbytes for buffer in cache._buffers) or isinstance(cache, ReturnedRowsCache)
