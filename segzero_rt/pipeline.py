@@ -12,9 +12,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.answer_format import FORMATS, AnswerFormat
@@ -23,9 +24,11 @@ from segzero_rt.bundle import Bundle
 from segzero_rt.errors import PromptError, QuestionError
 from segzero_rt.graph import Backend, Stop, default_threads, resolve_backend
 from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
+from segzero_rt.mask import tight_boxes
 from segzero_rt.policy import Generation, Policy, View
 from segzero_rt.segmentation import Segmentation
 from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
+from segzero_rt.segmenter_prompt import SegmenterPrompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +58,7 @@ class SegZero:
         *,
         backend: str | Backend = "auto",
         threads: int | None = None,
+        draft_tokens: int | None = None,
     ) -> SegZero:
         """Opens a bundle, checks it and loads its graphs.
 
@@ -62,6 +66,7 @@ class SegZero:
             bundle: an opened bundle, a folder, or None for the embedded `tabletop`.
             backend: "auto", "cpu", "cuda", ...; a forced backend that is not there is an error.
             threads: CPU threads of each graph; the cores of this process by default.
+            draft_tokens: guesses that the policy checks in one run, 0 for none; see `Policy.load`.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -70,7 +75,7 @@ class SegZero:
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
-        policy = Policy.load(opened, backend=resolved, threads=threads)
+        policy = Policy.load(opened, backend=resolved, threads=threads, draft_tokens=draft_tokens)
         encoder = ImageEncoder.load(opened, backend=resolved, threads=threads)
         return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=threads))
 
@@ -162,20 +167,52 @@ class SegZero:
             "decode": generation.timings_ms["decode"],
             "parse": _since(parsing),
         }
-        return self._segment(look.image_rgb, look.embedding, answer, timings_ms, start)
+        result = self._segment(look.image_rgb, look.embedding, answer, timings_ms, start)
+        return replace(result, decode_counts={"tokens": len(generation.token_ids), **asdict(generation.counts)})
 
-    def segment(self, image: ImageLike, prompts: Sequence[Prompt]) -> Segmentation:
-        """The segmenter alone, for prompts given by hand. The answer holds the prompts as they were given.
+    def segment(
+        self, image: ImageLike, prompts: Sequence[Prompt | SegmenterPrompt], *, multimask: bool = True
+    ) -> Segmentation:
+        """The segmenter alone, for prompts given by hand.
+
+        Args:
+            image: uint8 [H, W, 3] RGB, a path, or the bytes of a picture file.
+            prompts: boxes, points on and off each object, rough masks.
+            multimask: take the best of the three readings of an ambiguous prompt; False prefers the single one.
+
+        Returns:
+            The answer holds the prompts as they were given; for one without a box, its mask's box, or where nothing
+            was found the picture's.
 
         Raises:
             ImageError: the picture cannot be read or has another layout.
-            PromptError: no prompt, or one whose box or point lies outside the picture.
+            PromptError: no prompt, one whose box or point lies outside the picture, or a mask that the bundle does not
+                take.
         """
         start = time.perf_counter()
         image_rgb = as_image(image)
-        _check_prompts(prompts, image_rgb)
-        answer = Answer(status=AnswerStatus.OK, prompts=tuple(prompts))
-        return self._segment(image_rgb, self._embed(image_rgb)[0], answer, {}, start)
+        asked = [SegmenterPrompt.of(prompt) for prompt in prompts]
+        _check_prompts(asked, image_rgb)
+        waiting = time.perf_counter()
+        encoded, encode_ms = self._embed(image_rgb)[0]()
+        decoding = time.perf_counter()
+        predicted = self.decoder(encoded, asked, multimask=multimask)
+        boxes = [_box(prompt, mask) for prompt, mask in zip(asked, predicted.masks, strict=True)]
+        given = tuple(
+            Prompt(box_xyxy=box, points_xy=prompt.points_xy) for box, prompt in zip(boxes, asked, strict=True)
+        )
+        return Segmentation(
+            masks=predicted.masks,
+            scores=predicted.scores,
+            boxes_xyxy=np.array(boxes, np.float32),
+            answer=Answer(status=AnswerStatus.OK, prompts=given),
+            timings_ms={
+                "mask_encode": encode_ms,
+                "mask_wait": (decoding - waiting) * 1e3,
+                "mask_decode": _since(decoding),
+                "total": _since(start),
+            },
+        )
 
     def _embed(self, image_rgb: ImageRgb) -> tuple[Callable[[], tuple[ImageEmbedding, float]], Callable[[], None]]:
         """Two calls: wait for the embedding, and give it up."""
@@ -248,15 +285,25 @@ def _format(chosen: AnswerFormat | str | None) -> AnswerFormat | None:
     return chosen
 
 
-def _check_prompts(prompts: Sequence[Prompt], image_rgb: ImageRgb) -> None:
+def _check_prompts(prompts: Sequence[SegmenterPrompt], image_rgb: ImageRgb) -> None:
     height, width = image_rgb.shape[:2]
     if not prompts:
         raise PromptError("expected at least one box, got none")
     for prompt in prompts:
-        left, top, right, bottom = prompt.box_xyxy
-        beyond = max(map(abs, prompt.box_xyxy)) > MAX_PIXELS  # no picture is that long, and float32 has an end
-        if beyond or left >= width or top >= height or right <= 0 or bottom <= 0:
-            raise PromptError(f"expected a box inside the picture of {width}x{height}, got {prompt.box_xyxy}")
-        for x, y in prompt.points_xy:
+        if prompt.box_xyxy is not None:
+            left, top, right, bottom = prompt.box_xyxy
+            beyond = max(map(abs, prompt.box_xyxy)) > MAX_PIXELS  # no picture is that long, and float32 has an end
+            if beyond or left >= width or top >= height or right <= 0 or bottom <= 0:
+                raise PromptError(f"expected a box inside the picture of {width}x{height}, got {prompt.box_xyxy}")
+        for x, y in (*prompt.points_xy, *prompt.outside_xy):
             if not (0 <= x < width and 0 <= y < height):
                 raise PromptError(f"expected a point inside the picture of {width}x{height}, got {(x, y)}")
+
+
+def _box(prompt: SegmenterPrompt, mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    """The prompt's box, else the mask's, else the picture's."""
+    if prompt.box_xyxy is not None:
+        return prompt.box_xyxy
+    height, width = mask.shape
+    left, top, right, bottom = tight_boxes(mask[None])[0].tolist() if mask.any() else (0, 0, width, height)
+    return left, top, right, bottom
