@@ -98,13 +98,41 @@ def write_bundle(
         text = dataclasses.replace(manifest, files=records).to_json()
         _write_file(staging, MANIFEST_NAME, text.encode(), check=False)
         for folder in {staging, *(path.parent for path in staging.rglob("*"))}:
-            _sync(folder)
+            sync(folder)
         Bundle.open(staging)
         staging.chmod(0o755)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # gone already when all went well
     return Bundle.open(target, verify="size")
+
+
+def replace_manifest(bundle: Bundle, manifest: Manifest) -> Bundle:
+    """Puts another manifest in the place of a bundle's, in one step: readers see the old one or the new one.
+
+    Every file that it lists must be there already. Files that it no longer lists are the caller's to remove.
+
+    Raises:
+        BundleError: the manifest does not fit the files, or the folder cannot be written; nothing has changed then.
+    """
+    temporary = bundle.root / f".{MANIFEST_NAME}.part"
+    try:
+        for name, record in manifest.files.items():
+            _verify_file(bundle.root, name, record, "size")
+        temporary.write_text(manifest.to_json(), encoding="utf-8")
+        sync(temporary)
+        temporary.replace(bundle.root / MANIFEST_NAME)
+        sync(bundle.root)
+    except OSError as error:
+        raise BundleError(f"{bundle.root}: cannot write {MANIFEST_NAME}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Bundle.open(bundle.root, verify="size")
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file that is to be listed."""
+    return FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
 
 
 def _read_manifest_text(root: Path) -> str:
@@ -180,11 +208,12 @@ def _write_file(root: Path, name: str, source: Path | bytes, *, check: bool = Tr
         path.write_bytes(source)
     else:
         shutil.copyfile(source, path)
-    _sync(path)
-    return FileRecord(sha256=_sha256(path), bytes=path.stat().st_size)
+    sync(path)
+    return file_record(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -205,4 +234,4 @@ def _put_in_place(staging: Path, target: Path) -> None:
             old.rename(target)
             raise
         shutil.rmtree(old)
-    _sync(target.parent)
+    sync(target.parent)

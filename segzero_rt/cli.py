@@ -25,7 +25,7 @@ EXIT_OK, EXIT_BAD_INPUT, EXIT_NO_ANSWER = 0, 2, 3
 EXIT_INTERRUPTED = 130
 """What a shell gives for a program that Ctrl-C ended."""
 
-_BUILT_IN = ("run", "segment", "eval", "bench", "doctor")
+_BUILT_IN = ("run", "segment", "eval", "bench", "build", "doctor")
 
 _DESCRIPTION = """Reasoning segmentation: an image and a question to thinking and instance masks, without PyTorch.
 

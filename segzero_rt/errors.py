@@ -45,3 +45,7 @@ class DatasetError(SegZeroError):
 
 class ExportError(SegZeroError):
     """A checkpoint cannot be exported, or its export failed a gate; no bundle was written."""
+
+
+class EngineError(SegZeroError):
+    """An engine cannot be built, does not fit its graph, or may not be run without the caller's consent."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from segzero_rt.engines.record import EngineRecord
 from segzero_rt.errors import BundleError
 from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.resampling import RESAMPLERS
@@ -175,6 +176,8 @@ class Manifest:
     """Measured need of the runtime, such as {"cpu_peak": 130000000}."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """Every file but the manifest: relative POSIX path to size and hash."""
+    engines: tuple[EngineRecord, ...] = ()
+    """What `segzero build` made of the graphs; bundles of before it have none."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -182,6 +185,9 @@ class Manifest:
             raise BundleError(version_message(self.format_version))
         for path in (*self.files, *self.required_files):
             check_relative_path(path)
+        for engine in self.engines:
+            if engine.file not in self.files or engine.graph not in self.files:
+                raise BundleError(f"manifest.json: engines: expected {engine.file} and {engine.graph} among the files")
         folded = {path.casefold() for path in self.files}
         if len(folded) != len(self.files):
             raise BundleError("manifest.json: two files have names that differ only in case")
@@ -218,6 +224,7 @@ class Manifest:
         digest = document.pop("digest", None)
         if digest != _digest(document):
             raise BundleError("manifest.json: its digest differs, so it was changed or damaged; fetch the bundle again")
+        document.setdefault("engines", [])
         return _decode(cls, document, "manifest.json")
 
 

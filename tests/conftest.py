@@ -71,6 +71,31 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints:
 
 
 @pytest.fixture(scope="session")
+def portable_bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: tuple[Path, Path]) -> Path:
+    """The tiny bundle once more, in operators that TensorRT reads; no gate, since none of its answers is looked at."""
+    from dataclasses import replace
+
+    from export.command import assemble, tabletop
+    from export.policy import export_policy
+    from export.segmenter import export_segmenter
+
+    work = tmp_path_factory.mktemp("portable")
+    preset = replace(tabletop(), name="portable", input_size_hw=(56, 84), max_length=512, flavour="portable")
+    policy = export_policy(
+        tiny_checkpoints[0],
+        work / "parts",
+        input_size_hw=preset.input_size_hw,
+        flavour=preset.flavour,
+        max_length=preset.max_length,
+        max_new_tokens=24,
+        gate_questions=("the red cup",),
+    )
+    segmenter = export_segmenter(tiny_checkpoints[1], work / "parts", flavour=preset.flavour)
+    manifest, files = assemble(preset, "portable", policy, segmenter, None)
+    return write_bundle(work / "bundle", manifest, files).root
+
+
+@pytest.fixture(scope="session")
 def bundle_path(request: pytest.FixtureRequest) -> Path:
     """The embedded bundle; in a checkout that has none yet, the tiny one."""
     if (EMBEDDED / "manifest.json").is_file():

@@ -26,7 +26,7 @@ from segzero_rt.segmentation import Segmentation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN_KEYS = {"status", "thinking", "objects", "timings_ms"}
-COMMANDS = ("run", "segment", "eval", "bench", "doctor")
+COMMANDS = ("run", "segment", "eval", "bench", "build", "doctor")
 
 
 @pytest.fixture
@@ -140,6 +140,14 @@ def test_the_version_is_the_packages(segzero: Any) -> None:
         (["bench", "--questions", "999999999"], "at most 100000"),
         (["eval", "tests", "--records", f"{'n' * 300}.jsonl"], "too long"),
         (["bench", "--images", "n" * 300], "too long"),
+        (["build"], "BUNDLE"),
+        (["build", "docs"], "--target"),
+        (["build", "docs", "--target", "cuda"], "tensorrt-rtx"),
+        (["build", "docs", "--target", "tensorrt-rtx"], "no manifest.json"),
+        (["build", "gone", "--target", "tensorrt-rtx"], "nothing there"),
+        (["build", "docs", "--target", "tensorrt-rtx", "--compute-capability", "89"], "such as 8.9,12.0"),
+        (["build", "docs", "--target", "tensorrt-rtx", "--optimization-level", "9"], "--optimization-level"),
+        (["build", "docs", "--target", "tensorrt-rtx", "--max-objects", "0"], "whole number above 0"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )

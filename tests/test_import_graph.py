@@ -67,7 +67,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    for name in ("run", "segment", "eval", "bench", "doctor"):
+    for name in ("run", "segment", "eval", "bench", "build", "doctor"):
         loaded = loaded_after(f"from segzero_rt.cli import main; assert main(['{name}', '--help']) == 0")
         assert not loaded & HEAVY, f"segzero {name} --help"
 
