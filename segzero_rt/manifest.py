@@ -176,8 +176,8 @@ class Manifest:
     """Measured need of the runtime, such as {"cpu_peak": 130000000}."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """Every file but the manifest: relative POSIX path to size and hash."""
-    engines: tuple[EngineRecord, ...] = ()
-    """What `segzero build` made of the graphs; bundles of before it have none."""
+    engines: tuple[EngineRecord, ...] = field(default=(), metadata=LATER)
+    """What `segzero build` made of the graphs."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -224,7 +224,6 @@ class Manifest:
         digest = document.pop("digest", None)
         if digest != _digest(document):
             raise BundleError("manifest.json: its digest differs, so it was changed or damaged; fetch the bundle again")
-        document.setdefault("engines", [])
         return _decode(cls, document, "manifest.json")
 
 
