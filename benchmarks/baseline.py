@@ -141,7 +141,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     from .transformers_pipeline import TransformersPipeline
 
     torch.set_num_threads(threads)
-    ours = SegZero.load(arguments.bundle, backend="cpu", threads=threads)
+    ours = SegZero.load(arguments.bundle, backend="cpu", draft_tokens=arguments.draft_tokens)  # threads: as users get
     theirs = TransformersPipeline(
         ours.bundle.root, arguments.policy, arguments.segmenter, round_weights=arguments.round_weights
     )
@@ -149,6 +149,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     answers = compare_answers(ours, theirs, tasks, time_different=arguments.time_different)
     if not answers["timed"]:
         raise SystemExit(f"expected equal answers to time, got none: {answers['different'][:2]}")
+    ours.policy.forget_replies()  # no guess of a timed reply may come from having answered that question before
     timings = interleave(
         lambda image_rgb, question: dict(ours(image_rgb, question).timings_ms),
         lambda image_rgb, question: theirs(image_rgb, question).timings_ms,
@@ -158,6 +159,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "bundle": bundle_card(ours.bundle),
         "num_questions": len(tasks),
         "num_timed": len(answers.pop("timed")),
+        "draft_tokens": arguments.draft_tokens,
         **answers,
         **timings,
     }
@@ -189,6 +191,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--time-different", action="store_true", help="time questions that both answered in other words, too"
+    )
+    parser.add_argument(
+        "--draft-tokens", type=int, help="tokens that segzero-rt guesses ahead (default: as users get; 0: none)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     parser.add_argument("--only-threads", type=int, help=argparse.SUPPRESS)

@@ -26,6 +26,8 @@ class Segmentation:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds per stage. The policy and `mask_encode` run side by side, so the stages may add up to more than
     `total`."""
+    decode_counts: Mapping[str, int] = field(default_factory=dict)
+    """`tokens` of the reply, `runs` of the decoder that they took, tokens `drafted` and of them `accepted`."""
 
     def __post_init__(self) -> None:
         count = len(self.answer.prompts)
@@ -91,4 +93,5 @@ class Segmentation:
             "objects": objects,
             "size_hw": list(self.size_hw),
             "timings_ms": {stage: round(float(value), 3) for stage, value in self.timings_ms.items()},
+            "decode_counts": dict(self.decode_counts),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ from segzero_rt.environment import environment_card, peak_memory_bytes
 from segzero_rt.errors import DatasetError, ImageError
 from segzero_rt.graph import default_threads
 from segzero_rt.segmentation import Segmentation
+
+RENDERED = {"cores": 2, "cpu": "some", "bundle": {"name": "stand-in"}, "backend": "cpu"}
 
 
 class SlowPipeline:
@@ -39,7 +42,8 @@ class SlowPipeline:
         seconds = self.seconds.pop(0) if self.seconds else 0.0
         self.now_s += seconds
         answer = Answer(status=AnswerStatus.NONE_FOUND)
-        return Segmentation.empty(answer, image_rgb.shape[:2], {"decode": seconds * 1e3})
+        counts = {"tokens": 12, "runs": 5, "drafted": 25, "accepted": 7}
+        return replace(Segmentation.empty(answer, image_rgb.shape[:2], {"decode": seconds * 1e3}), decode_counts=counts)
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
@@ -57,6 +61,10 @@ def test_times_each_question_and_the_first_apart(monkeypatch: pytest.MonkeyPatch
     expected = {"p50": pytest.approx(20), "p90": pytest.approx(68), "p99": pytest.approx(78.8)}
     assert document["end_to_end_ms"] == expected
     assert document["stages_ms"] == {"decode": expected}
+    assert document["decode_counts"] == {"tokens": 12.0, "runs": 5.0, "drafted": 25.0, "accepted": 7.0}
+    assert "12.0 tokens a reply in 5.0 runs of the decoder, 7.0 of 25.0 guesses right" in bench.render(
+        {**document, "peak_memory_bytes": 0, "load_ms": 0, "environment": RENDERED}
+    )
     assert document["throughput_per_s"] == pytest.approx(3 / 0.12)
 
 

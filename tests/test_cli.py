@@ -116,6 +116,8 @@ def test_the_version_is_the_packages(segzero: Any) -> None:
         (["run", "a.png", "b", "--threads", "two"], "whole number above 0"),
         (["run", "a.png", "b", "--max-new-tokens", "-1"], "--max-new-tokens"),
         (["run", "a.png", "b", "--max-new-tokens", "9" * 5000], "whole number above 0"),
+        (["run", "a.png", "b", "--draft-tokens", "-1"], "--draft-tokens"),
+        (["bench", "--draft-tokens", "65"], "whole number from 0 to 64"),
         (["segment", "a.png"], "--box"),
         (["segment", "a.png", "--box", "1,2,3"], "x0,y0,x1,y1"),
         (["segment", "a.png", "--box", "1,2,3,nan"], "x0,y0,x1,y1"),

@@ -99,8 +99,8 @@ def measure(ask: Ask, tasks: Sequence[Task]) -> dict[str, Any]:
     """Times `ask` over the tasks; the first task runs twice, and its first run is reported apart.
 
     Returns:
-        `first_question_ms`, `end_to_end_ms` and `stages_ms` (p50, p90, p99 each), `throughput_per_s`, `num_questions`
-        and `statuses`.
+        `first_question_ms`, `end_to_end_ms` and `stages_ms` (p50, p90, p99 each), `decode_counts` (means per question,
+        see `Segmentation`), `throughput_per_s`, `num_questions` and `statuses`.
     """
     from segzero_rt.evaluation import percentiles
 
@@ -108,12 +108,15 @@ def measure(ask: Ask, tasks: Sequence[Task]) -> dict[str, Any]:
     total_ms: list[float] = []
     stages_ms: dict[str, list[float]] = {}
     statuses: dict[str, int] = {}
+    decoding: dict[str, list[int]] = {}
     with Progress(len(tasks), "bench") as progress:
         for task in tasks:
             elapsed_ms, result = _timed(ask, task)
             total_ms.append(elapsed_ms)
             for stage, value in result.timings_ms.items():
                 stages_ms.setdefault(stage, []).append(value)
+            for name, count in result.decode_counts.items():
+                decoding.setdefault(name, []).append(count)
             status = result.answer.status.value
             statuses[status] = statuses.get(status, 0) + 1
             progress.step(f"{elapsed_ms:.0f} ms")
@@ -121,6 +124,7 @@ def measure(ask: Ask, tasks: Sequence[Task]) -> dict[str, Any]:
         "first_question_ms": first_ms,
         "end_to_end_ms": percentiles(total_ms),
         "stages_ms": {stage: percentiles(values) for stage, values in stages_ms.items()},
+        "decode_counts": {name: sum(counts) / len(counts) for name, counts in decoding.items()},
         "throughput_per_s": len(tasks) / (sum(total_ms) / 1e3),
         "num_questions": len(tasks),
         "statuses": dict(sorted(statuses.items())),
@@ -195,6 +199,9 @@ def render(document: dict[str, Any]) -> str:
     counts = f"{document['num_questions']} questions, {document['throughput_per_s']:.2f} per second"
     start = f"first {document['first_question_ms']:.0f} ms, load {document['load_ms']:.0f} ms"
     machine = f"{environment['cores']} cores, {environment['cpu'] or 'unknown CPU'}"
+    if decode := document["decode_counts"]:
+        taken = f"{decode['tokens']:.1f} tokens a reply in {decode['runs']:.1f} runs of the decoder"
+        table.append(f"{taken}, {decode['accepted']:.1f} of {decode['drafted']:.1f} guesses right")
     table.append(f"{counts}, {start}, peak {document['peak_memory_bytes'] / 1e6:.0f} MB")
     table.append(f"{environment['bundle']['name']} on {environment['backend']}, {machine}")
     return "\n".join(table)

@@ -22,12 +22,18 @@ def add_bundle_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """`--format`, `--max-new-tokens`."""
+    """`--format`, `--max-new-tokens`, `--draft-tokens`."""
     parser.add_argument(
         "--format", choices=tuple(FORMATS), help="prompt and answer format (default: the one that the bundle names)"
     )
     parser.add_argument(
         "--max-new-tokens", type=positive_integer, metavar="N", help="token budget (default: the bundle's)"
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=draft_tokens,
+        metavar="N",
+        help="tokens to guess ahead, for speed alone; 0 for none (default: 5 on the CPU)",
     )
 
 
@@ -41,7 +47,12 @@ def load_pipeline(arguments: argparse.Namespace) -> SegZero:
     """`SegZero` from the options of `add_bundle_options`."""
     from segzero_rt.pipeline import SegZero
 
-    return SegZero.load(arguments.bundle, backend=arguments.backend, threads=arguments.threads)
+    return SegZero.load(
+        arguments.bundle,
+        backend=arguments.backend,
+        threads=arguments.threads,
+        draft_tokens=getattr(arguments, "draft_tokens", None),  # `segment` has no policy to ask
+    )
 
 
 def positive_integer(text: str) -> int:
@@ -49,6 +60,16 @@ def positive_integer(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0 and below 10^9, got {text[:40]!r}")
+    return value
+
+
+def draft_tokens(text: str) -> int:
+    """An argparse type."""
+    from segzero_rt.policy import MAX_DRAFT_TOKENS
+
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+    if not 0 <= value <= MAX_DRAFT_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {MAX_DRAFT_TOKENS}, got {text[:40]!r}")
     return value
 
 
