@@ -23,6 +23,19 @@ EMPTY_THINKING = f"{THINK_OPEN}{THINK_CLOSE}\n{ANSWER_OPEN}"
 prompt stays the one that the base policy knows, so that arms differ in the reasoning alone."""
 
 
+def answer_alone(reply: str, reply_start: str) -> str:
+    """The reply, if its answer follows at once on what it was made to begin with; else nothing.
+
+    The base policy that may not think first thinks in its answer, and then answers: rewarded or measured as it is, that
+    would be an arm with reasoning. Where nothing was given, every reply is what it is.
+    """
+    if not reply_start:
+        return reply
+    rest = reply.removeprefix(reply_start).lstrip()
+    once = reply.count(THINK_CLOSE) <= 1 and reply.count(ANSWER_OPEN) <= 1
+    return reply if reply.startswith(reply_start) and rest.startswith(("[", "{")) and once else ""
+
+
 class Arm(str, Enum):
     """One way to train."""
 
@@ -88,9 +101,10 @@ class ExperimentPreset:
     """Steps of each arm that are timed before anything long begins; the first is a warm-up."""
 
     def __post_init__(self) -> None:
-        if len(self.grpo_rates) != len(self.sft_rates) or not self.grpo_rates or min(*self.grpo_rates, 0) < 0:
+        rates = (*self.grpo_rates, *self.sft_rates)
+        if len(self.grpo_rates) != len(self.sft_rates) or not rates or min(rates) <= 0.0:
             raise ValueError(
-                f"expected as many learning rates for both methods, got {self.grpo_rates} and {self.sft_rates}"
+                f"expected as many learning rates above 0 for both methods, got {self.grpo_rates} and {self.sft_rates}"
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"expected different seeds, got {self.seeds}")

@@ -20,6 +20,7 @@ from typing import Any
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import SegZeroError
 
+from .design import EMPTY_THINKING
 from .shared_rows import DEFAULT_FOLDER
 
 
@@ -54,7 +55,7 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     kinds = () if arguments.kinds is None else tuple(arguments.kinds.split(","))
     rows = split_rows(arguments.rows, arguments.split, seed=arguments.seed, num_rows=arguments.questions, kinds=kinds)
-    start = arguments.reply_start
+    start = EMPTY_THINKING if arguments.without_reasoning else ""
     folders = list(dict.fromkeys([*([arguments.base] if arguments.base else []), *arguments.policies]))
     scores = {folder: score_rows(LivePolicy.load(folder), rows, reply_start=start, told=folder) for folder in folders}
     if arguments.scores is not None:
@@ -97,7 +98,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", metavar="K,K", help="these kinds of question in turn (default: all of the split)")
     parser.add_argument("--questions", type=positive_integer, default=200, metavar="N", help="(default: 200)")
     parser.add_argument("--seed", type=int, default=7, metavar="K", help="of the questions (default: 7)")
-    parser.add_argument("--reply-start", default="", metavar="TEXT", help="what every reply is made to begin with")
+    parser.add_argument(
+        "--without-reasoning",
+        action="store_true",
+        help="replies begin behind an empty thinking, answers follow at once",
+    )
     add_shared_options(parser)
     parser.add_argument("--scores", type=Path, metavar="DIR", help="also write every question's score and reply here")
     return parser.parse_args(argv)

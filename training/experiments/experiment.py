@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -119,6 +120,17 @@ def _workers(workplace: Workplace, phase: Phase, logs: Sequence[Path]) -> Iterat
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(_STOP_S)
             worker.kill()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when its parent does: a killed experiment leaves nobody behind who goes on."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_alive(workers: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:

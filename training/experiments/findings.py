@@ -10,9 +10,10 @@ import numpy as np
 
 from segzero_rt.environment import environment_card
 
+from ..questions import REASONING_KINDS
 from .design import Arm
 from .intervals import Interval, Scores, difference, mean_interval
-from .jobs import CURVE, MEASURED, RETENTION, TEST, VALIDATION, Job, JobKind, Workplace, label, long_jobs
+from .jobs import BASE, CURVE, MEASURED, RETENTION, TEST, VALIDATION, Job, JobKind, Workplace, label, long_jobs
 from .measures import Score, read_scores, summary
 from .retention import compare_retention
 from .settings import Settings
@@ -21,7 +22,8 @@ from .verdicts import CLAIMS, Claim, judge
 
 OOD_MEAN = "ood_mean"
 PACKAGES = ("segzero-rt", "numpy", "torch", "transformers", "trl", "accelerate", "matplotlib")
-_REASONING = "reasoning kinds on test"
+REASONING_ON_TEST = "reasoning_on_test"
+"""The kinds that no policy was shown boxes for before."""
 PAIRS = (
     (Arm.GRPO_REASONING, Arm.SFT_REASONING), (Arm.GRPO_REASONING, Arm.SFT_ANSWERS),
     (Arm.GRPO_REASONING, Arm.GRPO_ANSWERS), (Arm.GRPO_ANSWERS, Arm.SFT_ANSWERS),
@@ -36,8 +38,6 @@ class Measured:
 
     scores: Mapping[str, Mapping[str, Scores]]
     """Label of a policy → split → scores of each seed."""
-    bases: Mapping[str, str]
-    """Label → label of the base policy that answers in the same way."""
 
     def difference(self, first: str, second: str, splits: Sequence[str]) -> Interval:
         """`first − second`, averaged over splits."""
@@ -47,14 +47,12 @@ class Measured:
 def read_measured(workplace: Workplace) -> Measured:
     """Reads what the measuring jobs have written; all of them are done."""
     scores: dict[str, dict[str, list[list[Score]]]] = {}
-    bases = {}
     for job in _jobs(workplace, JobKind.MEASURE):
         name = label(job)
-        bases[name] = label(Job(kind=JobKind.MEASURE, name="", reply_start=job.reply_start))
         for split in MEASURED:
             found = read_scores(workplace.job_folder(job) / f"{split}.jsonl")
             scores.setdefault(name, {}).setdefault(split, []).append(found)
-    return Measured(scores=scores, bases=bases)
+    return Measured(scores=scores)
 
 
 def findings(workplace: Workplace, settings: Settings, cost: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,16 +98,12 @@ def _policy(measured: Measured, name: str) -> dict[str, Any]:
     scores = measured.scores[name]
     splits = {split: _split(scores[split]) for split in MEASURED}
     ood = difference([(scores[split], None) for split in OOD_SPLITS])
-    reasoning = [
-        [one for one in seed if one.kind in ("function", "consequence", "compositional")] for seed in scores[TEST]
-    ]
+    reasoning = [[one for one in seed if one.kind in REASONING_KINDS] for seed in scores[TEST]]
     document: dict[str, Any] = {"splits": splits, OOD_MEAN: ood.to_json()}
     if all(reasoning):
-        document[_REASONING] = mean_interval(reasoning).to_json()
-    base = measured.bases[name]
-    if name != base:
-        retention = compare_retention([measured.scores[base][RETENTION][0]], scores[RETENTION])
-        document[RETENTION] = {"against": base, **retention.to_json()}
+        document[REASONING_ON_TEST] = mean_interval(reasoning).to_json()
+    if name != BASE:
+        document[RETENTION] = compare_retention(measured.scores[BASE][RETENTION], scores[RETENTION]).to_json()
     return document
 
 
@@ -123,9 +117,9 @@ def _split(arm: Scores) -> dict[str, Any]:
 
 
 def _differences(measured: Measured) -> list[dict[str, Any]]:
-    """Every pair of arms, and every policy against its base, on every split."""
+    """Every pair of arms, and every policy against the base, on every split."""
     pairs = [(first.value, second.value) for first, second in PAIRS]
-    pairs += [(name, base) for name, base in measured.bases.items() if name != base]
+    pairs += [(name, BASE) for name in measured.scores if name != BASE]
     columns: dict[str, Sequence[str]] = {TEST: (TEST,), **{split: (split,) for split in OOD_SPLITS}}
     columns |= {OOD_MEAN: OOD_SPLITS, RETENTION: (RETENTION,)}
     return [
@@ -141,6 +135,6 @@ def _claim(measured: Measured, claim: Claim) -> dict[str, Any]:
     interval = measured.difference(claim.first, claim.second, claim.splits)
     return {
         "name": claim.name, "text": claim.text, "first": claim.first, "second": claim.second,
-        "splits": list(claim.splits), "at_least": claim.at_least, "least_mean": claim.least_mean,
-        **interval.to_json(), "verdict": judge(interval, claim.at_least, claim.least_mean).value,
+        "splits": list(claim.splits), "above": claim.above, "least_mean": claim.least_mean,
+        **interval.to_json(), "verdict": judge(interval, claim.above, claim.least_mean).value,
     }  # fmt: skip

@@ -97,8 +97,8 @@ def long_jobs(preset: ExperimentPreset) -> list[Job]:
         for seed in preset.seeds
     ]
     measured = [
-        Job(kind=JobKind.MEASURE, name=f"measure-{base_label(arm)}", reply_start=arm.reply_start)
-        for arm in (Arm.SFT_REASONING, Arm.SFT_ANSWERS)
+        Job(kind=JobKind.MEASURE, name="measure-base"),
+        Job(kind=JobKind.MEASURE, name="measure-base_answers", reply_start=Arm.SFT_ANSWERS.reply_start),
     ]
     measured += [
         Job(
@@ -126,11 +126,6 @@ def label(job: Job) -> str:
     if job.arm is None:
         return f"{BASE}_answers" if job.reply_start else BASE
     return f"{job.arm.value}_{ONCE}" if job.once else job.arm.value
-
-
-def base_label(arm: Arm) -> str:
-    """The base policy that answers as an arm does."""
-    return f"{BASE}_answers" if arm.reply_start else BASE
 
 
 class Workplace:

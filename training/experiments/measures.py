@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..grpo_observer import box_giou
 from ..reward_readings import parsed_answer
 from ..rewards import Case
 from ..rows import TrainingRow
+from .design import answer_alone
 from .live_policy import Asked, LivePolicy
 
 _READ = (AnswerStatus.OK, AnswerStatus.NONE_FOUND)
@@ -50,28 +51,34 @@ class Score:
 def score_rows(
     policy: LivePolicy, rows: Sequence[TrainingRow], *, reply_start: str = "", told: str = ""
 ) -> list[Score]:
-    """Asks every row's question, greedily; the value is box gIoU (`grpo_observer.box_giou`)."""
+    """Asks every row's question, greedily; the value is box gIoU (`grpo_observer.box_giou`).
+
+    Args:
+        reply_start: what replies are made to begin with; behind it the answer has to follow (`design.answer_alone`).
+        told: name of the progress bar; empty shows none.
+    """
     asked = [Asked(text=policy.answer_format.user_prompt(row.question), picture=row.image) for row in rows]
     replies = policy.answer(asked, reply_start=reply_start, told=told)
-    return [score_reply(policy, row, reply) for row, reply in zip(rows, replies, strict=True)]
+    return [score_reply(policy, row, reply, reply_start) for row, reply in zip(rows, replies, strict=True)]
 
 
-def score_reply(policy: LivePolicy, row: TrainingRow, reply: str) -> Score:
+def score_reply(policy: LivePolicy, row: TrainingRow, reply: str, reply_start: str = "") -> Score:
     """The score of one reply to a row's question."""
     case = Case(text=reply, objects=row.objects, input_size_hw=row.input_size_hw, row_id=row.row_id)
-    return box_score(policy, case, kind=row.kind, picture=row.image.name)
+    return box_score(policy, case, kind=row.kind, picture=row.image.name, reply_start=reply_start)
 
 
-def box_score(policy: LivePolicy, case: Case, *, kind: str, picture: str) -> Score:
+def box_score(policy: LivePolicy, case: Case, *, kind: str, picture: str, reply_start: str = "") -> Score:
     """The score of a reply with boxes."""
-    answer = parsed_answer(case.text, policy.answer_format, "tolerant", case.input_size_hw)
+    counted = replace(case, text=answer_alone(case.text, reply_start))
+    answer = parsed_answer(counted.text, policy.answer_format, "tolerant", case.input_size_hw)
     return Score(
         item=case.row_id,
         kind=kind,
         picture=picture,
-        value=box_giou(case, answer),
+        value=box_giou(counted, answer),
         parsed=answer.status in _READ,
-        thinking_tokens=len(policy.tokenizer(answer.thinking)["input_ids"]) if answer.thinking else 0,
+        thinking_tokens=len(policy.text_ids(answer.thinking)),
         reply=case.text,
     )
 

@@ -12,6 +12,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..grpo import POLICY_FOLDER, GrpoRun, build_trainer, check_rows, newest_checkpoint, save_best
 from ..grpo_trainer import SharedPromptGrpoTrainer
+from ..reward_readings import completion_text
+from .design import answer_alone
 
 
 def train_reinforced(run: GrpoRun, reply_start: str) -> Path:
@@ -60,7 +62,7 @@ class _StepClock(TrainerCallback):
 
 
 def begin_replies(trainer: Any, reply_start: str) -> None:
-    """Lets all replies of a trainer begin with given text.
+    """Lets all replies of a trainer begin with given text, and rewards none in which no answer follows on it at once.
 
     Its tokens are read with the prompt when a reply is sampled, and stand at the beginning of the completion
     afterwards: rewards read the whole reply. Rewards teach nothing about them: they are the same in every reply of a
@@ -86,3 +88,14 @@ def begin_replies(trainer: Any, reply_start: str) -> None:
         return [[*start, *ids] for ids in tokens], [[*given, *scores] for scores in logprobs]
 
     trainer._generate_single_turn = begun  # type: ignore[method-assign]
+    trainer.reward_funcs = [_of_answers_alone(reward, reply_start) for reward in trainer.reward_funcs]
+
+
+def _of_answers_alone(reward: Any, reply_start: str) -> Any:
+    """A reward function that takes a reply for nothing unless it is `answer_alone`."""
+
+    def counted(*, completions: Sequence[Any], **given: Any) -> Any:
+        texts = [answer_alone(completion_text(completion), reply_start) for completion in completions]
+        return reward(completions=texts, **given)
+
+    return counted

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .design import Arm
-from .findings import OOD_MEAN, findings
+from .findings import OOD_MEAN, REASONING_ON_TEST, findings
 from .jobs import RETENTION, TEST, Workplace
 from .plots import plot_curves, plot_rates
 from .settings import Settings
@@ -64,16 +64,20 @@ def _interval(entry: Mapping[str, float], *, signed: bool = False, digits: int =
     return f"{mean} ({low} to {high})"
 
 
+def _mean(entry: Mapping[str, float] | None) -> str:
+    return "–" if entry is None else f"{entry['mean']:.3f}"
+
+
 def _claims(document: Mapping[str, Any]) -> str:
     rows = [
         [
             claim["text"], f"{claim['first']} − {claim['second']}", _interval(claim, signed=True),
-            f"{claim['at_least']:+.2f}" + ("" if claim["least_mean"] is None else f", mean {claim['least_mean']:+.2f}"),
+            f"{claim['above']:+.2f}" + ("" if claim["least_mean"] is None else f", mean {claim['least_mean']:+.2f}"),
             f"{claim['detectable']:.3f}", f"**{claim['verdict']}**",
         ]
         for claim in document["claims"]
     ]  # fmt: skip
-    return _table(["claim", "difference", "mean (95 %)", "at least", "detectable", "verdict"], rows)
+    return _table(["claim", "difference", "mean (95 %)", "above", "detectable", "verdict"], rows)
 
 
 def _policies(document: Mapping[str, Any]) -> str:
@@ -81,11 +85,12 @@ def _policies(document: Mapping[str, Any]) -> str:
     for name, policy in document["policies"].items():
         splits = policy["splits"]
         rows.append([
-            name, _interval(splits[TEST]), *(f"{splits[split]['mean']:.3f}" for split in OOD_SPLITS),
+            name, _interval(splits[TEST]), _mean(policy.get(REASONING_ON_TEST)),
+            *(_mean(splits[split]) for split in OOD_SPLITS),
             _interval(policy[OOD_MEAN]), f"{splits[RETENTION]['mean']:.3f}", f"{splits[TEST]['parse_rate']:.3f}",
             f"{splits[TEST]['thinking_tokens']:.1f}",
         ])  # fmt: skip
-    head = ["policy", TEST, *OOD_SPLITS, "mean of ood", RETENTION, "parsed", "thinking tokens"]
+    head = ["policy", TEST, "of it: reasoning", *OOD_SPLITS, "mean of ood", RETENTION, "parsed", "thinking tokens"]
     seeds = "; ".join(
         f"{name}: {', '.join(format(value, '.3f') for value in policy['splits'][TEST]['by_seed'])}"
         for name, policy in document["policies"].items()
@@ -109,8 +114,8 @@ def _retention(document: Mapping[str, Any]) -> str:
             continue
         lost = [_interval(entry["lost_points"][group], signed=True, digits=1) for group in ("all", "visual", "found")]
         kept = entry["kept"]["all"]
-        rows.append([name, entry["against"], *lost, "–" if kept is None else f"{kept:.3f}"])
-    return _table(["policy", "against", "points lost", "visual questions", "things by name", "kept"], rows)
+        rows.append([name, *lost, "–" if kept is None else f"{kept:.3f}"])
+    return _table(["policy", "points lost", "visual questions", "things by name", "kept"], rows)
 
 
 def _by_kind(document: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ def score_retention(
             for one in these
         ]
         replies = policy.answer(asked, reply_start=reply_start if found else "", told=told)
-        scores |= {one.item: _score(policy, one, reply) for one, reply in zip(these, replies, strict=True)}
+        scores |= {one.item: _score(policy, one, reply, reply_start) for one, reply in zip(these, replies, strict=True)}
     return [scores[one.item] for one in questions]
 
 
@@ -150,10 +150,10 @@ def _row_object(thing: CachedObject) -> RowObject:
     return RowObject(box_xyxy=thing.box_xyxy, points_xy=thing.points_xy)
 
 
-def _score(policy: LivePolicy, question: RetentionQuestion, reply: str) -> Score:
+def _score(policy: LivePolicy, question: RetentionQuestion, reply: str, reply_start: str) -> Score:
     if question.answer is None:
         case = Case(text=reply, objects=question.objects, input_size_hw=SIZE_HW, row_id=question.item)
-        return box_score(policy, case, kind=question.kind, picture=str(question.scene))
+        return box_score(policy, case, kind=question.kind, picture=str(question.scene), reply_start=reply_start)
     right = reply.strip() == question.answer
     return Score(item=question.item, kind=question.kind, picture=str(question.scene), value=float(right), reply=reply)
 

@@ -6,7 +6,8 @@ The forward pass is GRPO's own, so that arms differ in what they learn from and 
 here where TRL's `SFTTrainer` would bring a collator, a data format and a forward pass of its own for pictures.
 
 A run is seeded and goes on from its last validation as if nothing had happened: which rows a step sees depends on the
-seed and the step alone, and nothing else is drawn.
+seed and the step alone, and nothing else is drawn. (Visual tokens that are remembered may differ in their last bit with
+the batch that they were first seen in.)
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """`first − second`, averaged over splits, is at least `at_least`."""
+    """`first − second`, averaged over splits, is more than `above`."""
 
     name: str
     text: str
@@ -32,10 +32,10 @@ class Claim:
     """Label of a policy (see `jobs.label`)."""
     second: str
     splits: tuple[str, ...]
-    at_least: float
+    above: float
     """The whole interval has to lie above it."""
     least_mean: float | None = None
-    """And the mean has to be this."""
+    """And the mean has to be this at least."""
 
 
 _RL, _SFT = Arm.GRPO_REASONING.value, Arm.SFT_REASONING.value
@@ -45,35 +45,35 @@ NO_WORSE = -0.01
 CLAIMS = (
     Claim(
         name="in distribution", text="GRPO is no worse than SFT on new questions of the kinds they were trained on",
-        first=_RL, second=_SFT, splits=(TEST,), at_least=NO_WORSE,
+        first=_RL, second=_SFT, splits=(TEST,), above=NO_WORSE,
     ),
     Claim(
         name="out of distribution", text="GRPO is clearly better than SFT, mean of the splits that hold something out",
-        first=_RL, second=_SFT, splits=OOD_SPLITS, at_least=0.0, least_mean=0.03,
+        first=_RL, second=_SFT, splits=OOD_SPLITS, above=0.0, least_mean=0.03,
     ),
     Claim(
         name="new functions", text="GRPO is better than SFT on functions that no training question names",
-        first=_RL, second=_SFT, splits=("ood_function",), at_least=0.0,
+        first=_RL, second=_SFT, splits=("ood_function",), above=0.0,
     ),
     Claim(
         name="no forgetting", text="GRPO keeps what the base policy could answer, within a point of 100",
-        first=_RL, second=BASE, splits=(RETENTION,), at_least=NO_WORSE,
+        first=_RL, second=BASE, splits=(RETENTION,), above=NO_WORSE,
     ),
     Claim(
         name="reasoning", text="GRPO with reasoning is better out of distribution than GRPO without",
-        first=_RL, second=Arm.GRPO_ANSWERS.value, splits=OOD_SPLITS, at_least=0.0,
+        first=_RL, second=Arm.GRPO_ANSWERS.value, splits=OOD_SPLITS, above=0.0,
     ),
     Claim(
         name="it learns", text="GRPO is better than the base policy on the kinds that it was trained on",
-        first=_RL, second=BASE, splits=(TEST,), at_least=0.0, least_mean=0.15,
+        first=_RL, second=BASE, splits=(TEST,), above=0.0, least_mean=0.15,
     ),
 )  # fmt: skip
 """The papers' claims, the last one a condition for the others to mean anything."""
 
 
-def judge(interval: Interval, at_least: float, least_mean: float | None = None) -> Verdict:
-    """What an interval of a difference says about "at least so much"."""
-    if interval.low >= at_least:
+def judge(interval: Interval, above: float, least_mean: float | None = None) -> Verdict:
+    """What an interval of a difference says about "more than so much"."""
+    if interval.low > above:
         small = least_mean is not None and interval.mean < least_mean
         return Verdict.SMALLER if small else Verdict.HOLDS
-    return Verdict.FAILS if interval.high < at_least else Verdict.UNDECIDED
+    return Verdict.FAILS if interval.high <= above else Verdict.UNDECIDED

@@ -8,12 +8,10 @@ ends when all are done, or when whoever started it is gone.
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,6 +27,7 @@ from ..grpo_callbacks import METRICS_NAME, read_metrics
 from ..grpo_observer import BOX_GIOU
 from ..rows import TrainingRow
 from .design import Arm
+from .experiment import end_with
 from .jobs import (
     CURVE,
     MEASURED,
@@ -263,17 +262,6 @@ def _arm(job: Job) -> Arm:
 def validation_curve(run: Path, key: str) -> list[tuple[int, float]]:
     """(step, value) of every validation in a run's metrics."""
     return [(line["step"], line[key]) for line in read_metrics(run / METRICS_NAME) if key in line]
-
-
-def end_with(parent: int) -> None:
-    """Ends this process when its parent does: a killed experiment leaves nobody behind who goes on."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(POLL_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def main(argv: Sequence[str]) -> int:
