@@ -49,6 +49,11 @@ class Config(Strict):
         self._timings = b""
         self.hardware_compatibility_level = None
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """TensorRT-RTX warns that it does not support hardware levels, and keeps none."""
+        ignored = name == "hardware_compatibility_level" and hasattr(type(self)._module, "ComputeCapability")
+        super().__setattr__(name, None if ignored else value)
+
     def set_flag(self, flag: Member) -> None:
         self._told.append(("set", flag.name))
 

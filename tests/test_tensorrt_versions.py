@@ -129,6 +129,14 @@ def test_timings_are_kept_from_build_to_build(version: str, tmp_path: Path) -> N
     assert [path.name for path in cache.parent.iterdir()] == ["one.cache"]
 
 
+def test_tensorrt_rtx_is_asked_for_no_timings_and_takes_no_hardware_level(tmp_path: Path) -> None:
+    """It has the names of both, and warns that they do nothing."""
+    calls = told(recorded("rtx-1.7.1.116"), timing_cache=tmp_path / "one.cache")
+    assert not [call for call in calls if call[0] == "timings"] and not list(tmp_path.iterdir())
+    with pytest.raises(EngineError, match=r"tensorrt-rtx 1\.7\.1\.116 .* it ignores that"):
+        told(recorded("rtx-1.7.1.116"), hardware_compatible="ampere-plus")
+
+
 def test_types_are_read_from_the_network() -> None:
     graph = parsed(recorded("10.3.0"))
     graph.check(SPEC)

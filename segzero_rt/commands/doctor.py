@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segzero_rt.commands.output import print_document, printable
 from segzero_rt.errors import SegZeroError
+
+if TYPE_CHECKING:  # `--help` must not import numpy
+    from segzero_rt.bundle import Bundle
+    from segzero_rt.engines.record import EngineRecord
 
 NAME = "doctor"
 HELP = "tell what this machine can run, and check a bundle"
@@ -19,8 +24,11 @@ HELP = "tell what this machine can run, and check a bundle"
 _EPILOG = """examples:
   segzero doctor
   segzero doctor my-bundle --json
+  segzero doctor my-bundle --preflight
 
-The bundle's files are compared with its manifest, its graphs are loaded, and a question is asked about a grey picture.
+The bundle's files are compared with its manifest, and its need of memory with what is free; only then are its graphs
+loaded, and a question is asked about a grey picture. --preflight stops before anything is loaded and adds what to
+expect of Jetson modules: predictions from datasheets, not measurements.
 exit status: 0 the bundle runs here, 2 it does not (the report says why)"""
 
 # What the CPU backend's kernels make use of, by the kernel's names for them (x86 flags, ARM features).
@@ -52,11 +60,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "bundle", metavar="BUNDLE", nargs="?", help="a bundle's folder (default: the embedded `tabletop`)"
     )
     parser.add_argument("--backend", default="auto", metavar="NAME", help="try this backend (default: auto)")
+    parser.add_argument(
+        "--preflight", action="store_true", help="load nothing: machine, integrity, memory plan, Jetson predictions"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    report = examine(arguments.bundle, arguments.backend)
+    report = examine(arguments.bundle, arguments.backend, preflight_only=arguments.preflight)
     if arguments.json:
         print_document(report)
     else:
@@ -67,23 +78,40 @@ def execute(arguments: argparse.Namespace) -> int:
     return 0 if report["runs"] else 2
 
 
-def examine(bundle_path: str | None = None, backend: str = "auto") -> dict[str, Any]:
-    """The report: machine, backends, parts, bundle, trial, problems, and `runs`: whether all of it works."""
+def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_only: bool = False) -> dict[str, Any]:
+    """The report: machine, backends, parts, bundle, preflight, trial, problems, and `runs`: whether all of it works.
+
+    With `preflight_only` the trial is None, and `runs` says that nothing speaks against it.
+    """
     from segzero_rt.environment import environment_card
+    from segzero_rt.preflight.machine import read_machine
+    from segzero_rt.preflight.report import plan_report
 
     problems: list[str] = []
+    found = read_machine()
     machine = environment_card() | {
         "cpu_features": _cpu_features(),
-        "memory_available_bytes": _available_memory_bytes(),
-        "jetpack": _jetpack(),
+        "memory_available_bytes": found.memory_available_bytes,
+        "jetpack": None if found.jetpack is None else str(found.jetpack),
+        "model": found.model,
+        "gpus": [dataclasses.asdict(gpu) for gpu in found.gpus],
+        "driver": found.driver,
+        "cuda": found.cuda,
+        "tensorrt": found.tensorrt,
     }
+    if found.gpu_problem:
+        problems.append(printable(found.gpu_problem))
     bundle = _examine_bundle(bundle_path, problems)
-    trial = None if problems else _try(bundle_path, backend, problems)
+    preflight = None
+    if not problems:
+        preflight = plan_report(_opened(bundle_path), found, problems, with_predictions=preflight_only)
+    trial = None if problems or preflight_only else _try(bundle_path, backend, problems)
     return {
         "machine": machine,
         "backends": _backends(),
         "parts": {name: all(map(_is_installed, modules)) for name, modules in _OPTIONAL_PARTS.items()},
         "bundle": bundle,
+        "preflight": preflight,
         "trial": trial,
         "problems": problems,
         "runs": not problems,
@@ -102,6 +130,12 @@ def _backends() -> dict[str, dict[str, Any]]:
         except SegZeroError as error:
             found[name] = {"available": False, "detail": printable(str(error))}
     return found
+
+
+def _opened(path: str | None) -> Bundle:
+    from segzero_rt.bundle import Bundle
+
+    return Bundle.open(path, verify="size")  # its hashes were compared a moment ago
 
 
 def _examine_bundle(path: str | None, problems: list[str]) -> dict[str, Any]:
@@ -128,6 +162,7 @@ def _examine_bundle(path: str | None, problems: list[str]) -> dict[str, Any]:
         "num_bytes": bundle.num_bytes,
         "gates": dict(manifest.gates),
         "memory_bytes": dict(manifest.memory_bytes),
+        "engines": [_engine_line(engine) for engine in manifest.engines],
         "check_ms": round((time.perf_counter() - start) * 1e3, 1),
     }
 
@@ -174,25 +209,11 @@ def _cpu_features() -> list[str]:
     return []
 
 
-def _available_memory_bytes() -> int | None:
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text(encoding="ascii", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
-
-
-def _jetpack() -> str | None:
-    """The release line of NVIDIA's Jetson Linux, where this is one."""
-    release = Path("/etc/nv_tegra_release")
-    return printable(release.read_text(errors="replace"))[:120] if release.is_file() else None
-
-
 def _print_report(report: dict[str, Any]) -> None:
-    rows = [*_machine_rows(report), *_bundle_rows(report["bundle"], report["trial"])]
+    from segzero_rt.preflight.report import plan_rows
+
+    rows = [*_machine_rows(report), *_bundle_rows(report["bundle"]), *plan_rows(report["preflight"])]
+    rows += _trial_rows(report["trial"])
     rows.append(("runs here", "yes" if report["runs"] else "no"))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -208,24 +229,41 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{_mib(machine['memory_available_bytes'])} available of {_mib(machine['memory_bytes'])}"),
         ("packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
     ]
-    if machine["jetpack"]:
-        rows.append(("jetpack", machine["jetpack"]))
+    rows += [(name, machine[name]) for name in ("model", "jetpack", "driver", "cuda") if machine[name]]
+    rows += [("gpu", _gpu_row(gpu)) for gpu in machine["gpus"]] or [("gpu", "none that CUDA knows")]
+    rows += [(target, version) for target, version in machine["tensorrt"].items()]
     for name, backend in report["backends"].items():
         rows.append((f"backend {name}", f"{'yes' if backend['available'] else 'no'}: {backend['detail']}"))
     rows.append(("extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report["parts"].items())))
     return rows
 
 
-def _bundle_rows(bundle: dict[str, Any], trial: dict[str, Any] | None) -> list[tuple[str, str]]:
+def _gpu_row(gpu: dict[str, Any]) -> str:
+    memory = "the system's memory" if gpu["integrated"] else _mib(gpu["memory_bytes"])
+    return f"{printable(gpu['name'])}, compute capability {gpu['capability']}, {memory}"
+
+
+def _bundle_rows(bundle: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("bundle", bundle["path"])]
     if bundle["intact"]:
         size = f"{bundle['num_files']} intact, {_mib(bundle['num_bytes'])}, checked in {bundle['check_ms']} ms"
         rows += [("  name", f"{bundle['name']}, by {bundle['created_by']}"), ("  files", size)]
         rows += [(f"  gate {name}", _gate_row(figures)) for name, figures in bundle["gates"].items()]
-    if trial:
-        times = f"loaded in {trial['load_ms']} ms, ran in {trial['run_ms']} ms"
-        rows.append(("trial", f"backend {trial['backend']}, {times}, peak {_mib(trial['peak_memory_bytes'])}"))
+        rows += [("  engine", printable(line)) for line in bundle["engines"]]
     return rows
+
+
+def _trial_rows(trial: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if trial is None:
+        return []
+    times = f"loaded in {trial['load_ms']} ms, ran in {trial['run_ms']} ms"
+    return [("trial", f"backend {trial['backend']}, {times}, peak {_mib(trial['peak_memory_bytes'])}")]
+
+
+def _engine_line(engine: EngineRecord) -> str:
+    devices = ", ".join(engine.compute_capabilities) or "every device that it knows"
+    made = f"{engine.target} {engine.library_version} for {devices}"
+    return f"{engine.graph}: {made}, gate {engine.gate.get('status', 'unknown')}"
 
 
 def _gate_row(figures: object) -> str:
