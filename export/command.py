@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,8 @@ from segzero_rt.commands.output import print_document
 from segzero_rt.errors import ExportError
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
+
+from .precisions import COMPUTED, POLICY_STORAGES
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport
@@ -56,7 +62,10 @@ class Preset:
     max_new_tokens: int
     flavour: str = "ort"
     storage: str = "float16"
-    """Weights in the files: "float16" and "float32" are computed in float32, "int8" in int8 where that is faster."""
+    """Weights in the files: floats are computed in float32, "int8" in int8 where that is faster; "int4" is the policy's
+    decoder in 4 bits and all else as "int8"."""
+    computed: str = "float32"
+    """What a portable policy's graphs are computed in."""
 
     def __post_init__(self) -> None:
         if self.answer_format not in FORMATS or self.resampler not in RESAMPLERS:
@@ -92,6 +101,13 @@ def seg_zero() -> Preset:
     return replace(vision_reasoner(), name="seg-zero", answer_format="seg_zero")
 
 
+RESUMABLE_FROM_BYTES = 1 << 30
+"""Checkpoints of more are exported so that a killed export can go on."""
+TRIAL_SHARE = 0.7
+"""Of the free memory that weights may take for the trial run of a bundle; activations and the cache come on top."""
+_SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16"}
+"""The segmenter is small and draws edges: it has no weights of 4 bits. Nor are SAM 2's checkpoints bfloat16."""
+
 PRESETS = {"tabletop": tabletop, "vision-reasoner": vision_reasoner, "seg-zero": seg_zero}
 
 
@@ -99,6 +115,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("preset", choices=tuple(PRESETS), help="the family that the policy belongs to")
     parser.add_argument("--policy", type=Path, metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter of PEFT to merge into the policy")
     parser.add_argument(
         "--segmenter", type=Path, metavar="PATH", help="SAM 2: a sam2*.pt, or a folder of config.json and *.safetensors"
     )
@@ -115,7 +132,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name in the manifest (default: the preset's)")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default answer format (default: the preset's)")
     parser.add_argument("--flavour", choices=("ort", "portable"), help="operators: ort for ONNX Runtime's own")
-    parser.add_argument("--storage", choices=("float16", "float32", "int8"), help="weights in the files (preset's)")
+    parser.add_argument("--storage", choices=POLICY_STORAGES, help="weights in the files (default: the preset's)")
+    parser.add_argument(
+        "--computed", choices=COMPUTED, help="what a portable policy's graphs compute in (default: float32)"
+    )
+    parser.add_argument(
+        "--float32-product",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="keep this product in float32 where all else is float16, as a gate asks for it; may be given repeatedly",
+    )
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens of the KV cache")
     parser.add_argument("--gate-images", type=Path, metavar="DIR", help="pictures that the gates compare on")
     parser.add_argument("--gate-count", type=positive_integer, default=4, metavar="N", help="at most N of them (4)")
@@ -125,6 +152,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DATASET",
         help="labelled questions, 200 or more: refuse the bundle when it loses more than 0.005 gIoU against PyTorch "
         "(0.02 with weights of 8 bits)",
+    )
+    parser.add_argument(
+        "--no-trial",
+        action="store_true",
+        help="do not run the bundle once it is written; its need of memory stays unknown then",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -143,26 +175,26 @@ def execute(arguments: argparse.Namespace) -> int:
             _check_checkpoint(path, option)
     if arguments.segmenter_config and arguments.segmenter is None:
         raise ExportError("expected --segmenter with --segmenter-config: what --base holds is taken as it is")
+    if arguments.policy is None and (arguments.adapter or arguments.float32_product):
+        raise ExportError("expected --policy with --adapter or --float32-product: --base is taken as it is")
     if arguments.policy is None and arguments.max_length:
         raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
-    with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
-        work = Path(temporary)
+    with workplace(arguments.out, arguments.policy) as work:
         # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
         segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
-        policy = _export_policy(arguments.policy, work, preset, pictures) if arguments.policy else None
+        policy = _export_policy(arguments, work, preset, pictures) if arguments.policy else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
         if arguments.format:
             manifest = replace(manifest, answer_format=arguments.format)
-        _say("trying the bundle in a process of its own")
-        trial = write_bundle(work / "trial", manifest, files)
+        trial = write_bundle(work / "trial", manifest, files, link_below=work)
         manifest = replace(
             manifest,
-            memory_bytes={"cpu_peak": _peak_memory_bytes(trial)},
+            memory_bytes={} if arguments.no_trial else _memory_bytes(trial, policy),
             gates={**manifest.gates, QUALITY_GATE: _quality(trial, arguments, preset, samples)},
         )
-        bundle = write_bundle(arguments.out, manifest, files, overwrite=arguments.overwrite)
+        bundle = write_bundle(arguments.out, manifest, files, overwrite=arguments.overwrite, link_below=work)
     document = {
         "bundle": str(bundle.root),
         "name": manifest.name,
@@ -221,20 +253,48 @@ def _preset(arguments: argparse.Namespace) -> Preset:
         "answer_format": arguments.format,
         "flavour": arguments.flavour,
         "storage": arguments.storage,
+        "computed": arguments.computed,
         "max_length": arguments.max_length,
     }
     return replace(PRESETS[arguments.preset](), **{name: value for name, value in given.items() if value is not None})
 
 
-def _export_policy(folder: Path, work: Path, preset: Preset, pictures: list[Any]) -> PolicyExport:
+@contextmanager
+def workplace(out: Path, policy: Path | None) -> Iterator[Path]:
+    """A folder to write in, gone afterwards.
+
+    For a large policy it stands beside `out`: its files are moved, not copied, and what is whole of it stays when the
+    export is killed, stopped by Ctrl-C or out of disk space, so that the same command goes on from there.
+    """
+    num_bytes = sum(path.stat().st_size for path in policy.glob("*.safetensors")) if policy else 0
+    if num_bytes < RESUMABLE_FROM_BYTES:
+        with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
+            yield Path(temporary)
+        return
+    work = out.absolute().with_name(f".{out.name}.export")
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work / "trial", ignore_errors=True)
+    try:
+        yield work
+    except Exception as error:
+        if not isinstance(error, _imported("weight_store").DiskFullError):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+
+
+def _export_policy(arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any]) -> PolicyExport:
     export_policy = _imported("policy").export_policy
-    _say(f"policy: {folder}")
+    _say(f"policy: {arguments.policy}")
     exported: PolicyExport = export_policy(
-        folder,
+        arguments.policy,
         work,
+        adapter=arguments.adapter,
         input_size_hw=preset.input_size_hw,
         flavour=preset.flavour,
         storage=preset.storage,
+        computed=preset.computed,
+        float32_products=arguments.float32_product,
         resampler=preset.resampler,
         max_length=preset.max_length,
         max_new_tokens=preset.max_new_tokens,
@@ -253,7 +313,7 @@ def _export_segmenter(
         arguments.segmenter,
         work,
         config=arguments.segmenter_config,
-        storage=preset.storage,
+        storage=_SEGMENTER_STORAGE.get(preset.storage, preset.storage),
         flavour=preset.flavour,
         pictures=pictures,
     )
@@ -301,10 +361,28 @@ def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, sampl
         trial,
         samples,
         policy_folder=arguments.policy,
+        adapter=arguments.adapter,
         segmenter_folder=arguments.segmenter,
         limit=quality.max_loss(preset.storage),
     )
     return record | {"dataset": quality.dataset_card(arguments.gate_dataset)}
+
+
+def _memory_bytes(bundle: Bundle, policy: PolicyExport | None) -> dict[str, int]:
+    """What the runtime needs: measured, or nothing where this machine has not the room for a run of the bundle."""
+    if policy is not None and policy.loaded_bytes > TRIAL_SHARE * _available_bytes():
+        _say(f"no trial: {policy.loaded_bytes / 1e9:.1f} GB of weights do not fit into this machine's free memory")
+        return {}
+    _say("trying the bundle in a process of its own")
+    return {"cpu_peak": _peak_memory_bytes(bundle)}
+
+
+def _available_bytes() -> float:
+    """Free memory of this machine; no limit where the system does not tell."""
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="ascii").splitlines() if meminfo.is_file() else []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kilobytes[0] * 1024 if kilobytes else math.inf
 
 
 def _peak_memory_bytes(bundle: Bundle) -> int:

@@ -7,7 +7,7 @@ to end: the tokens that both choose by themselves. Where storing changed no weig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class GateLimits:
 
     max_vision_error: float = 1e-4
     """`|graph - reference| / |reference|` of one picture's features."""
+    max_decoder_error: float = 1e-4
+    """The same of what goes from layer to layer of the decoder, and of its logits, where that is compared."""
     max_kl: float = 1e-6
     """Largest Kullback-Leibler divergence of one place of a reply, in nats."""
     max_kl_mean: float = 1e-6
@@ -41,18 +43,31 @@ class GateLimits:
 
 EXACT = GateLimits()
 """For weights that are stored without loss."""
-ROUNDED = GateLimits(max_vision_error=2e-2, max_kl=2e-2, max_kl_mean=2e-3, min_top1=0.98, same_tokens=False)
+ROUNDED = GateLimits(
+    max_vision_error=2e-2, max_decoder_error=2e-2, max_kl=2e-2, max_kl_mean=2e-3, min_top1=0.98, same_tokens=False
+)
 """For weights that storing rounds to 16 bits."""
-QUANTIZED = GateLimits(max_vision_error=0.1, max_kl=5.0, max_kl_mean=0.03, min_top1=0.9, same_tokens=False)
+QUANTIZED = GateLimits(
+    max_vision_error=0.1, max_decoder_error=0.2, max_kl=5.0, max_kl_mean=0.03, min_top1=0.9, same_tokens=False
+)
 """For int8: catches faults. What quantisation costs is for an evaluation with labelled questions to say. A place where
 a trained policy is of two minds can differ by a nat and mean nothing, so it is the mean that must stay small."""
 
 
-def default_limits(storage: str, *, lossless: bool) -> GateLimits:
-    """Limits for weights stored as "float16", "float32" or "int8"; `lossless` when storing changed none of them."""
-    if storage == "int8":
-        return QUANTIZED
-    return EXACT if lossless else ROUNDED
+COARSE = replace(ROUNDED, max_vision_error=0.1, max_decoder_error=0.1, max_kl=0.5, max_kl_mean=0.03, min_top1=0.9)
+"""For weights that storing rounds to bfloat16, which has 8 bits; those of a bfloat16 checkpoint stay as they are."""
+FOUR_BITS = replace(QUANTIZED, max_decoder_error=0.9, max_kl=20.0, max_kl_mean=0.5, min_top1=0.5)
+"""For int4: a fault leaves no agreement at all, and an error of about 1.4, as between any two directions."""
+
+
+def default_limits(storage: str, *, lossless: bool, computed: str = "float32") -> GateLimits:
+    """Limits for weights stored and products computed like that; `lossless` when storing changed no weight."""
+    by_storage = {"int8": QUANTIZED, "int4": FOUR_BITS}
+    if storage in by_storage:
+        return by_storage[storage]
+    if lossless:
+        return EXACT if computed == "float32" else ROUNDED
+    return COARSE if storage == "bfloat16" else ROUNDED
 
 
 def gate_policy(
@@ -63,8 +78,9 @@ def gate_policy(
     questions: Sequence[str] = QUESTIONS,
     limits: GateLimits = EXACT,
     max_new_tokens: int = 64,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
-    """Measures a policy against its checkpoint in PyTorch, every question on every picture.
+    """Measures a policy against its checkpoint in PyTorch, every question on every picture. PEFT merges an adapter.
 
     Returns:
         figures for the manifest: `vision_error`, `kl_mean`, `kl_max`, `top1`, `max_abs_logit`, `same_tokens` (share of
@@ -75,17 +91,17 @@ def gate_policy(
     """
     if not pictures or not questions:
         raise ExportError(f"expected pictures and questions for the gate, got {len(pictures)} and {len(questions)}")
-    reference = TorchPolicy(hf_folder, policy)
+    reference = TorchPolicy(hf_folder, policy, adapter=adapter)
     vision_errors: list[float] = []
-    places: list[_Places] = []
+    places: list[Places] = []
     equal = 0
     for picture in pictures:
         view = policy.look(picture)
         features = reference.look(picture)
-        vision_errors.append(_relative_error(policy.features(picture), features))
+        vision_errors.append(relative_error(policy.features(picture), features))
         for question in questions:
             reply, logits = reference.ask(question, max_new_tokens)
-            places.append(_compare(_forced_logits(policy, view.cache, question, reply), logits))
+            places.append(compare_logits(_forced_logits(policy, view.cache, question, reply), logits))
             generation = policy.ask(view, question, max_new_tokens=max_new_tokens)
             equal += list(generation.token_ids) == [t for t in reply if t not in policy.manifest.eos_token_ids]
     record = {
@@ -114,7 +130,7 @@ def plain_pictures(count: int = 2, size_hw: tuple[int, int] = (240, 320)) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class _Places:
+class Places:
     """Comparison at each place of one reply."""
 
     kl: NDArray[np.float64]
@@ -130,9 +146,10 @@ def _forced_logits(policy: Policy, cache: KVCache, question: str, reply: list[in
     return cache.extend(policy.embed([*prompt, *reply[:-1]]), rows)[0]
 
 
-def _compare(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> _Places:
+def compare_logits(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Places:
+    """Compares logits [places, vocab] place by place."""
     got, want = _log_softmax(logits), _log_softmax(reference)
-    return _Places(
+    return Places(
         kl=np.maximum((np.exp(want) * (want - got)).sum(axis=-1), 0.0),
         agree=logits.argmax(axis=-1) == reference.argmax(axis=-1),
         max_abs=float(np.abs(logits - reference).max()),
@@ -145,7 +162,8 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return normalised
 
 
-def _relative_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+def relative_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+    """`|got - want| / |want|`, over all numbers."""
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 

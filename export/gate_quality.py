@@ -76,6 +76,7 @@ def gate_quality(
     policy_folder: Path | None,
     segmenter_folder: Path | None,
     limit: float,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Asks the bundle and its checkpoints everything.
 
@@ -85,6 +86,7 @@ def gate_quality(
         policy_folder: the checkpoint in transformers' layout; None measures with the bundle's own answers.
         segmenter_folder: likewise of a `Sam2Model`.
         limit: largest mean loss of gIoU, see `max_loss`.
+        adapter: of the policy's checkpoint, in PEFT's layout.
 
     Returns:
         figures for the manifest.
@@ -94,7 +96,7 @@ def gate_quality(
         DatasetError: a picture cannot be decoded.
     """
     pipeline = SegZero.load(bundle, backend="cpu")
-    reference = _Reference(pipeline, policy_folder, segmenter_folder)
+    reference = _Reference(pipeline, policy_folder, segmenter_folder, adapter)
     ours: list[Record] = []
     theirs: list[Record] = []
     same = 0
@@ -135,9 +137,11 @@ def gate_quality(
 class _Reference:
     """The checkpoints as `SegZero` would ask them; a part without a checkpoint is the pipeline's own."""
 
-    def __init__(self, pipeline: SegZero, policy_folder: Path | None, segmenter_folder: Path | None) -> None:
+    def __init__(
+        self, pipeline: SegZero, policy_folder: Path | None, segmenter_folder: Path | None, adapter: Path | None
+    ) -> None:
         self._pipeline = pipeline
-        self._policy = TorchPolicy(policy_folder, pipeline.policy) if policy_folder else None
+        self._policy = TorchPolicy(policy_folder, pipeline.policy, adapter=adapter) if policy_folder else None
         self._encoder, self._decoder = pipeline.encoder, pipeline.decoder
         if segmenter_folder:
             from .segmenter_checkpoint import load_checkpoint

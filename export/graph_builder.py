@@ -1,51 +1,89 @@
 """Writes ONNX graphs node by node: weights in their storage precision, the layers that policies are made of.
 
-Weights stored as floats are computed with in float32: each goes through a Cast, which ONNX Runtime folds away when it
-loads the file. With int8 storage the products of wide rows are computed in int8 and all else in float32. Two dialects:
-`fused` uses ONNX Runtime's own operators (domain com.microsoft), otherwise only operators of opset 17.
+Weights stored as floats are computed with in float32 unless the graph is made for another precision: each goes through
+a Cast, which ONNX Runtime folds away when it loads the file. With int8 storage the products of wide rows are computed
+in int8 and all else in float32; with int4 storage, products with weights of 4 bits. Two dialects: `fused` uses ONNX
+Runtime's own operators (domain com.microsoft), otherwise only operators of opset 17.
+
+A graph computed in 16 bits keeps in float32 what does not bear them: the residual, the statistics of norms, rotary
+embeddings, logits, and the products named in `float32_products`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
 
+from .lazy_weight import Weight
+from .precisions import COMPUTED, POLICY_STORAGES, QUANTIZED_STORAGES
+from .precisions import STORAGES as STORAGES
+from .weight_encoding import BLOCK, FLOATS, FloatEncoding, Int4Encoding, Int8Encoding, Stored
+from .weight_store import InlineStore, WeightStore, disk_error, external_tensor
+
 OPSET = 17
 IR_VERSION = 8
 MICROSOFT = "com.microsoft"
-STORAGES = ("float16", "float32", "int8")
 INT8_FROM_WIDTH = 64
 """Narrower rows take as long to be quantised as their product saves: 48 gained nothing, 96 halved it (VNNI, AMX)."""
+_QUICK_GELU = 1.702
+"""The factor with which a sigmoid comes near to the normal distribution."""
+INT8_COMPUTE = 4
+"""MatMulNBits' accuracy level at which the other factor is rounded to 8 bits as it comes."""
 
 
 class GraphBuilder:
-    """One graph in the making. Tensors are named by the path of the scopes that they were made in."""
+    """One graph in the making. Tensors are named by the path of the scopes that they were made in.
 
-    def __init__(self, spec: GraphSpec, *, storage: str = "float16", fused: bool = True) -> None:
-        if storage not in STORAGES:
-            raise ExportError(f"expected weights stored as {', '.join(STORAGES)}, got {storage!r}")
-        if storage == "int8" and not fused:
-            raise ExportError("expected flavour ort for int8 weights, got portable; its operators know floats alone")
+    Args:
+        spec: its inputs and outputs.
+        storage: precision of the weights in the file, one of `POLICY_STORAGES`.
+        fused: use ONNX Runtime's own operators.
+        store: takes the weights; the model itself by default.
+        computed: what products and attention are computed in, one of `COMPUTED`.
+        float32_products: paths of products (such as "blocks.31/down") that stay in float32 whatever `computed` says.
+    """
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        *,
+        storage: str = "float16",
+        fused: bool = True,
+        store: WeightStore | None = None,
+        computed: str = "float32",
+        float32_products: Collection[str] = (),
+    ) -> None:
+        check_precision(storage, computed, fused=fused)
         self.spec = spec
         self.storage = storage
         self.fused = fused
-        self.lossless = True
-        """False once a weight was rounded to be stored."""
+        self.computed = computed
+        self.hidden: dict[str, str] = {}
+        """Tensors that hold the residual as a layer takes it in, by the layer's name."""
+        self.store = store or InlineStore()
+        self.products: set[str] = set()
+        """Paths of all float products made so far: what may stand in `float32_products`."""
+        self._float32_products = frozenset(float32_products)
         self._path: list[str] = []
         self._used: dict[str, int] = {}
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._quantized: dict[str, list[str]] = {}
+
+    @property
+    def lossless(self) -> bool:
+        """False once a weight was rounded to be stored."""
+        return self.store.lossless
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -74,7 +112,7 @@ class GraphBuilder:
 
     def constant(self, values: Any, dtype: str = "int64") -> str:
         """A small constant; equal ones are stored once."""
-        array = np.asarray(values, dtype=dtype)
+        array = np.asarray(values, dtype=FLOATS[dtype] if dtype in FLOATS else np.dtype(dtype))
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
@@ -82,79 +120,118 @@ class GraphBuilder:
             self._constants[key] = name
         return self._constants[key]
 
-    def weight(self, name: str, values: np.ndarray, *, exact: bool = False) -> str:
-        """A weight in the storage precision, given back as float32.
+    def weight(self, name: str, values: np.ndarray | Weight, *, exact: bool = False, dtype: str = "") -> str:
+        """A weight in the storage precision, given back in the one that is computed in.
 
         Args:
-            exact: store float32 whatever the graph's storage is.
+            exact: store float32, and give float32, whatever the graph's precisions are.
+            dtype: what to give it back as, if not as `computed`.
 
         Raises:
             ExportError: a value is not finite, or does not fit into float16.
         """
-        values = np.ascontiguousarray(values, dtype=np.float32)
-        largest = float(np.abs(values).max(initial=0.0))
-        if not np.isfinite(largest):
-            raise ExportError(f"expected finite weights, got {largest} in {name}; the checkpoint is damaged")
+        return self._float_weight(name, values, "float32" if exact else "", "float32" if exact else dtype)
+
+    def _float_weight(
+        self, name: str, values: np.ndarray | Weight, stored: str = "", dtype: str = "", *, transposed: bool = False
+    ) -> str:
+        stored, dtype = stored or float_storage(self.storage), dtype or self.computed
         path = "/".join([*self._path, name])
-        if exact or self.storage == "float32":
-            self._initializers.append(numpy_helper.from_array(values, path))
-            return path
-        if largest > float(np.finfo(np.float16).max):
-            raise ExportError(f"expected weights that fit into float16, got {largest} in {path}; store it as float32")
-        stored = values.astype(np.float16)
-        self.lossless &= bool(np.array_equal(stored, values))
-        self._initializers.append(numpy_helper.from_array(stored, path + ":float16"))
-        return self.as_float32(path + ":float16", path)
+        file_name = path if stored == dtype else f"{path}:{stored}"
+        weight = values if isinstance(values, Weight) else Weight.of(values)
+        encoding = FloatEncoding(path, weight, name=file_name, dtype=stored, transposed=transposed)
+        self._initializers.extend(self.store.add(encoding))
+        return path if stored == dtype else self.cast(file_name, dtype, path)
 
     def external_weight(self, name: str, shape: tuple[int, int], location: str) -> str:
         """A weight whose bytes are the whole of the file `location` beside the graph, in the storage precision."""
-        element = helper.np_dtype_to_tensor_dtype(np.dtype(float_storage(self.storage)))
-        tensor = TensorProto(name=name, data_type=element, dims=shape, data_location=TensorProto.EXTERNAL)
-        length = int(np.prod(shape)) * np.dtype(float_storage(self.storage)).itemsize
-        for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)
-        self._initializers.append(tensor)
+        stored = Stored(name=name, dtype=FLOATS[float_storage(self.storage)], shape=shape)
+        self._initializers.append(external_tensor(stored, location))
         return name
 
+    def cast(self, x: str, dtype: str, output: str | None = None) -> str:
+        """Casts to one of `COMPUTED`."""
+        return self.node("Cast", [x], output=output, to=helper.np_dtype_to_tensor_dtype(FLOATS[dtype]))
+
     def as_float32(self, x: str, output: str | None = None) -> str:
-        """Casts from the storage precision to the one that is computed in."""
-        return self.node("Cast", [x], output=output, to=TensorProto.FLOAT)
+        """Casts from the storage precision to float32."""
+        return self.cast(x, "float32", output)
+
+    def widened(self, x: str) -> str:
+        """What was computed in `computed`, as float32."""
+        return x if self.computed == "float32" else self.cast(x, "float32")
+
+    def narrowed(self, x: str) -> str:
+        """What is float32, as `computed`."""
+        return x if self.computed == "float32" else self.cast(x, self.computed)
 
     def linear(
-        self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None, *, flat: bool = False
+        self,
+        x: str,
+        name: str,
+        weight: np.ndarray | Weight,
+        bias: np.ndarray | Weight | None = None,
+        *,
+        flat: bool = False,
+        bits: int = 0,
     ) -> str:
         """`x @ weight.T + bias`, with `weight` as PyTorch keeps it: [out, in].
 
         Args:
             flat: `x` has two axes, so that one Gemm can do product and bias.
+            bits: 8 where 4 would cost too much; by default what the storage says.
         """
-        if self.storage == "int8" and weight.shape[1] >= INT8_FROM_WIDTH:
-            return self._quantized_linear(x, name, weight, bias)
-        stored = self.weight(f"{name}.weight", weight.T)
-        if bias is None:
-            return self.node("MatMul", [x, stored])
-        if flat:
-            return self.node("Gemm", [x, stored, self.weight(f"{name}.bias", bias)])
-        return self.node("Add", [self.node("MatMul", [x, stored]), self.weight(f"{name}.bias", bias)])
+        weight = weight if isinstance(weight, Weight) else Weight.of(weight)
+        if self.storage in QUANTIZED_STORAGES and weight.shape[1] >= INT8_FROM_WIDTH:
+            four = self.storage == "int4" and bits != 8
+            return self._four_bit_linear(x, name, weight, bias) if four else self._int8_linear(x, name, weight, bias)
+        self.products.add("/".join([*self._path, name]))
+        wide = self._stays_float32(name)
+        dtype = "float32" if wide else self.computed
+        x = self.cast(x, dtype) if wide else x
+        stored = self._float_weight(f"{name}.weight", weight, dtype=dtype, transposed=True)
+        if bias is not None:
+            added = self.weight(f"{name}.bias", bias, dtype=dtype)
+            if flat:
+                return self.node("Gemm", [x, stored, added])
+            return self.node("Add", [self.node("MatMul", [x, stored]), added])
+        return self.node("MatMul", [x, stored])
 
-    def _quantized_linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
+    def _int8_linear(self, x: str, name: str, weight: Weight, bias: np.ndarray | Weight | None) -> str:
         """Weights as int8 with one scale per output; `x` is quantised as it comes, once for all products of it.
 
         Where `x` has one product alone, ONNX Runtime makes both nodes one, `DynamicQuantizeMatMul`.
         """
         path = "/".join([*self._path, name])
-        scale = np.maximum(np.abs(weight).max(axis=1), 1e-12).astype(np.float32) / 127
-        rounded = np.round(weight / scale[:, None]).astype(np.int8)
-        self.lossless = False
-        self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(rounded.T), f"{path}.weight:int8"))
+        encoding = Int8Encoding(path, weight, name=f"{path}.weight:int8", scale_name=f"{path}.scale")
+        self._initializers.extend(self.store.add(encoding))
         if x not in self._quantized:
             parts = [self._fresh(f"{name}.input:{part}") for part in ("uint8", "scale", "zero")]
             self._quantized[x] = self.nodes("DynamicQuantizeLinear", [x], parts)
         values, step, zero = self._quantized[x]
-        inputs = [values, f"{path}.weight:int8", step, self.weight(f"{name}.scale", scale, exact=True), zero]
+        inputs = [values, f"{path}.weight:int8", step, f"{path}.scale", zero]
         if bias is not None:
             inputs += ["", self.weight(f"{name}.bias", bias)]
         return self.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+
+    def _four_bit_linear(self, x: str, name: str, weight: Weight, bias: np.ndarray | Weight | None) -> str:
+        """Weights in 4 bits with one scale per block of a row; `x` is rounded to 8 bits as it comes."""
+        path = "/".join([*self._path, name])
+        encoding = Int4Encoding(path, weight, name=f"{path}.weight:int4", scale_name=f"{path}.scale:float16")
+        self._initializers.extend(self.store.add(encoding))
+        inputs = [x, f"{path}.weight:int4", self.as_float32(f"{path}.scale:float16", f"{path}.scale")]
+        out, width = weight.shape
+        product = self.node(
+            "MatMulNBits",
+            inputs,
+            domain=MICROSOFT,
+            K=width,
+            N=out,
+            bits=4,
+            block_size=BLOCK,
+            accuracy_level=INT8_COMPUTE,
+        )
+        return product if bias is None else self.node("Add", [product, self.weight(f"{name}.bias", bias)])
 
     def attention(self, query: str, key: str, value: str, *, num_heads: int, head_dim: int) -> str:
         """Softmax attention of every query with every key, [batch, rows, heads * head_dim] each; no mask."""
@@ -165,27 +242,34 @@ class GraphBuilder:
             self.node("Transpose", [self.reshape(part, [0, 0, num_heads, head_dim])], perm=perm)
             for part, perm in zip((query, key, value), perms, strict=True)
         )
-        scaled = self.node("Mul", [query, self.constant(head_dim**-0.5, "float32")])
+        scaled = self.node("Mul", [query, self.constant(head_dim**-0.5, self.computed)])
         shares = self.node("Softmax", [self.node("MatMul", [scaled, key])], axis=-1)
         mixed = self.node("Transpose", [self.node("MatMul", [shares, value])], perm=[0, 2, 1, 3])
         return self.reshape(mixed, [0, 0, num_heads * head_dim])
 
-    def rms_norm(self, x: str, name: str, weight: np.ndarray, epsilon: float) -> str:
-        """Root-mean-square norm over the last axis."""
-        scale = self.weight(name, weight)
+    def rms_norm(self, x: str, name: str, weight: np.ndarray | Weight, epsilon: float) -> str:
+        """Root-mean-square norm over the last axis, of float32."""
+        scale = self.weight(name, weight, dtype="float32")
         if self.fused:
             return self.node("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=epsilon, stash_type=1)
         square = self.node("Mul", [x, x])
         mean = self.node("ReduceMean", [square], axes=[-1], keepdims=1)
         root = self.node("Sqrt", [self.node("Add", [mean, self.constant(epsilon, "float32")])])
-        return self.node("Mul", [self.node("Div", [x, root]), scale])
+        return self.narrowed(self.node("Mul", [self.node("Div", [x, root]), scale]))
 
     def add_rms_norm(
-        self, x: str, residual: str, name: str, weight: np.ndarray, epsilon: float, bias: np.ndarray | None = None
+        self,
+        x: str,
+        residual: str,
+        name: str,
+        weight: np.ndarray | Weight,
+        epsilon: float,
+        bias: np.ndarray | Weight | None = None,
     ) -> tuple[str, str]:
-        """Returns (norm of `x + bias + residual`, that sum)."""
-        biases = [] if bias is None else [self.weight(f"{name}.added_bias", bias)]
+        """Returns (norm of `x + bias + residual`, that sum); the residual and the sum are float32."""
+        biases = [] if bias is None else [self.weight(f"{name}.added_bias", bias, dtype="float32")]
         if not self.fused:
+            x = self.widened(x)
             x = self.node("Add", [x, *biases]) if biases else x
             total = self.node("Add", [x, residual])
             return self.rms_norm(total, name, weight, epsilon), total
@@ -194,19 +278,50 @@ class GraphBuilder:
         self.nodes("SkipSimplifiedLayerNormalization", inputs, outputs, domain=MICROSOFT, epsilon=epsilon)
         return outputs[0], outputs[3]
 
+    def layer_norm(self, x: str, name: str, weight: Weight, bias: Weight, epsilon: float) -> str:
+        """Layer norm over the last axis, of float32."""
+        parts = [
+            self.weight(f"{name}.{part}", values, dtype="float32")
+            for part, values in (("weight", weight), ("bias", bias))
+        ]
+        return self.narrowed(self.node("LayerNormalization", [x, *parts], axis=-1, epsilon=epsilon))
+
+    def add_layer_norm(
+        self, x: str, residual: str, name: str, weight: Weight, epsilon: float, *, norm_bias: Weight, bias: Weight
+    ) -> tuple[str, str]:
+        """Returns (norm of `x + bias + residual`, that sum); the residual and the sum are float32."""
+        added = self.weight(f"{name}.added_bias", bias, dtype="float32")
+        total = self.node("Add", [self.node("Add", [self.widened(x), added]), residual])
+        return self.layer_norm(total, name, weight, norm_bias, epsilon), total
+
     def silu(self, x: str) -> str:
         """`x * sigmoid(x)`."""
         if self.fused:
             return self.node("QuickGelu", [x], domain=MICROSOFT, alpha=1.0)
         return self.node("Mul", [x, self.node("Sigmoid", [x])])
 
+    def quick_gelu(self, x: str) -> str:
+        """`x * sigmoid(1.702 x)`."""
+        if self.fused:
+            return self.node("QuickGelu", [x], domain=MICROSOFT, alpha=_QUICK_GELU)
+        return self.node(
+            "Mul", [x, self.node("Sigmoid", [self.node("Mul", [x, self.constant(_QUICK_GELU, self.computed)])])]
+        )
+
+    def gated(self, gate: str, up: str, product: str) -> str:
+        """`silu(gate) * up`, in float32 where the product that follows stays in it: the factor overflows before it."""
+        gate = self.silu(gate)
+        if self._stays_float32(product):
+            gate, up = self.widened(gate), self.widened(up)
+        return self.node("Mul", [gate, up])
+
     def gelu(self, x: str) -> str:
         """Exact GELU, `x * (1 + erf(x / sqrt 2)) / 2`."""
         if self.fused:
             return self.node("Gelu", [x], domain=MICROSOFT)
-        erf = self.node("Erf", [self.node("Mul", [x, self.constant(2**-0.5, "float32")])])
-        half = self.node("Mul", [x, self.constant(0.5, "float32")])
-        return self.node("Mul", [half, self.node("Add", [erf, self.constant(1.0, "float32")])])
+        erf = self.node("Erf", [self.node("Mul", [x, self.constant(2**-0.5, self.computed)])])
+        half = self.node("Mul", [x, self.constant(0.5, self.computed)])
+        return self.node("Mul", [half, self.node("Add", [erf, self.constant(1.0, self.computed)])])
 
     def reshape(self, x: str, shape: Sequence[int] | str) -> str:
         """Reshape to numbers (0 keeps a length, -1 infers one) or to a computed shape."""
@@ -243,9 +358,16 @@ class GraphBuilder:
 
     def save(self, path: Path) -> None:
         """Writes the model to a temporary name, then renames it."""
+        self.store.close()
         temporary = path.with_name(path.name + ".part")
-        temporary.write_bytes(self.model().SerializeToString())
+        try:
+            temporary.write_bytes(self.model().SerializeToString())
+        except OSError as error:
+            raise disk_error(error, path) from error
         temporary.replace(path)
+
+    def _stays_float32(self, product: str) -> bool:
+        return self.computed != "float32" and "/".join([*self._path, product]) in self._float32_products
 
     def _fresh(self, hint: str) -> str:
         path = "/".join([*self._path, hint])
@@ -256,7 +378,25 @@ class GraphBuilder:
 
 def float_storage(storage: str) -> str:
     """What is stored of tensors that are no matrices of products: token tables, norms, biases."""
-    return "float32" if storage == "float32" else "float16"
+    return storage if storage in FLOATS else "float16"
+
+
+def check_precision(storage: str, computed: str, *, fused: bool) -> None:
+    """Refuses what no graph can be: unknown names, and pairs that no operator of the dialect knows.
+
+    Raises:
+        ExportError: such a pair.
+    """
+    if storage not in POLICY_STORAGES:
+        raise ExportError(f"expected weights stored as {', '.join(POLICY_STORAGES)}, got {storage!r}")
+    if computed not in COMPUTED:
+        raise ExportError(f"expected a graph computed in {', '.join(COMPUTED)}, got {computed!r}")
+    if storage in QUANTIZED_STORAGES and not fused:
+        raise ExportError(f"expected flavour ort for {storage} weights, got portable; its operators know floats alone")
+    if computed != "float32" and fused:
+        raise ExportError(f"expected flavour portable for a graph computed in {computed}, got ort; that is float32")
+    if computed != "float32" and storage != computed:
+        raise ExportError(f"expected weights stored as {computed}, as they are computed with, got {storage}")
 
 
 def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:

@@ -16,13 +16,16 @@ from segzero_rt.manifest import PolicyGraphs, PolicyManifest
 from segzero_rt.policy import VISION_ROPE_THETA, Policy
 
 from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
+from .gate_layers import gate_policy_layers
 from .policy_checkpoint import PolicyCheckpoint
-from .policy_decoder import build_decoder
-from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
-from .policy_vision import build_vision
+from .policy_decoder import cache_dtype
+from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+LAYERS_FROM_PARAMETERS = 500_000_000
+"""Twice 2 GB of float32, in PyTorch and in ONNX Runtime: beyond this the gate takes one layer at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,82 +37,105 @@ class PolicyExport:
     files: dict[str, Path]
     """Path inside the bundle to the file that was written."""
     gate: dict[str, Any]
-    """Figures of `gate_policy`."""
+    """Figures of `gate_policy` or `gate_policy_layers`."""
+    loaded_bytes: int
+    """Memory that the weights take on a CPU."""
 
 
 def export_policy(
     hf_folder: Path,
     out_dir: Path,
     *,
+    adapter: Path | None = None,
     input_size_hw: tuple[int, int] = (840, 840),
     flavour: str = "ort",
     storage: str = "float16",
+    computed: str = "float32",
+    float32_products: Sequence[str] = (),
     resampler: str = "pillow_bilinear",
     max_length: int = 4096,
     max_new_tokens: int = 512,
     answer_format: str = "vision_reasoner",
+    external: bool | None = None,
+    gate_layers: bool | None = None,
     gate_pictures: Sequence[NDArray[np.uint8]] = (),
     gate_questions: Sequence[str] = QUESTIONS,
     gate_limits: GateLimits | None = None,
 ) -> PolicyExport:
     """Writes the graphs of a policy into `out_dir`, and compares them with PyTorch.
 
+    What an earlier call for the same checkpoint and options left in `out_dir` when it was killed is taken up.
+
     Args:
         hf_folder: `config.json`, safetensors and `tokenizer.json`.
+        adapter: a LoRA adapter in PEFT's layout, merged into the weights on the way.
         input_size_hw: size in pixels that pictures are resized to, in multiples of a token's side.
         flavour: of the decoder, "ort" or "portable".
-        storage: precision of the weights in the files. "float16" and "float32" are computed in float32; "int8" is
-            computed in int8, faster and less exact (flavour "ort" alone).
+        storage: precision of the weights in the files. Floats ("float16", "bfloat16", "float32") are computed in
+            float32; "int8" is computed in int8, faster and less exact; "int4" is the decoder's in 4 bits and the
+            tower's in 8. The last two are for flavour "ort" alone.
+        computed: what "portable" graphs are computed in, if not float32; weights are stored alike.
+        float32_products: products that stay in float32 in a graph of 16 bits, beside those of `float32_by_rule`.
         resampler: what training resized with.
         max_length: tokens of the cache, for prefix, picture, question and reply together.
         max_new_tokens: default budget of a reply.
         answer_format: whose prompts the gate asks with.
+        external: keep weights in files beside the graphs; by default where they are more than `EXTERNAL_FROM_BYTES`.
+        gate_layers: compare layer by layer, with one layer in memory at a time; by default for checkpoints of more than
+            `LAYERS_FROM_PARAMETERS`. Otherwise whole replies are compared too.
         gate_pictures: uint8 [H, W, 3] of any size; some patches of colour by default.
         gate_questions: asked on each of them.
         gate_limits: what the export must reach; by default what its storage allows.
 
     Raises:
-        ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, or the gate failed.
+        ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, does not fit on the disk,
+            or the gate failed.
     """
-    checkpoint = PolicyCheckpoint(hf_folder)
+    checkpoint = PolicyCheckpoint(hf_folder, adapter)
     if checkpoint.vision.rope_theta != VISION_ROPE_THETA:
         raise ExportError(f"expected a vision rope_theta of {VISION_ROPE_THETA}, got {checkpoint.vision.rope_theta}")
+    if strangers := [path for path in float32_products if path.partition("/")[0] not in ("vision", "decoder")]:
+        raise ExportError(f"expected a product as vision/blocks.31/down, got {strangers[0]!r}")
+    if float32_products and computed == "float32":
+        raise ExportError("expected a graph computed in float16 to keep products of it in float32, got float32")
     tokenizer = hf_folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
+    by_rule = float32_by_rule(checkpoint) if computed != "float32" else ()
+    precision = Precision(storage=storage, computed=computed, float32_products=(*by_rule, *float32_products))
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
-    lossless = write_token_table(checkpoint, folder, storage=storage)
-    for name, builder in (
-        ("embedding", build_embedding(checkpoint, storage=storage)),
-        ("vision", build_vision(checkpoint, flavour=flavour, storage=storage, input_size_hw=input_size_hw)),
-        ("decoder", build_decoder(checkpoint, flavour=flavour, storage=storage)),
-    ):
-        builder.save(folder / f"{name}.onnx")
-        lossless &= builder.lossless
+    graphs = PolicyGraphWriter(checkpoint, folder, precision, flavour=flavour, input_size_hw=input_size_hw)
+    graphs.plan(external)
+    graphs.write()
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens)
-    policy = Policy.from_files(
-        manifest,
-        {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")},
-        folder / "tokenizer.json",
-        answer_format=answer_format,
-        backend="cpu",
-    )
-    gate = gate_policy(
-        hf_folder,
-        policy,
-        pictures=gate_pictures or plain_pictures(),
-        questions=gate_questions,
-        limits=gate_limits or default_limits(storage, lossless=lossless),
-        max_new_tokens=min(max_new_tokens, 64),
-    )
-    names = ("embedding.onnx", "vision.onnx", "decoder.onnx", TABLE_FILE, "tokenizer.json")
+    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens, computed)
+    limits = gate_limits or default_limits(storage, lossless=graphs.lossless, computed=computed)
+    if gate_layers or (gate_layers is None and checkpoint.num_parameters > LAYERS_FROM_PARAMETERS):
+        gate = gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
+    else:
+        policy = Policy.from_files(
+            manifest,
+            {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")},
+            folder / "tokenizer.json",
+            answer_format=answer_format,
+            backend="cpu",
+        )
+        gate = gate_policy(
+            hf_folder,
+            policy,
+            pictures=gate_pictures or plain_pictures(),
+            questions=gate_questions,
+            limits=limits,
+            max_new_tokens=min(max_new_tokens, 64),
+            adapter=adapter,
+        )
     return PolicyExport(
         manifest=manifest,
         tokenizer="policy/tokenizer.json",
-        files={f"policy/{name}": folder / name for name in names},
+        files={f"policy/{name}": folder / name for name in (*graphs.file_names, "tokenizer.json")},
         gate=gate,
+        loaded_bytes=graphs.loaded_bytes,
     )
 
 
@@ -120,6 +146,7 @@ def _manifest(
     resampler: str,
     max_length: int,
     max_new_tokens: int,
+    computed: str,
 ) -> PolicyManifest:
     vision, text = checkpoint.vision, checkpoint.text
     return PolicyManifest(
@@ -149,4 +176,5 @@ def _manifest(
         graphs=PolicyGraphs(
             vision="policy/vision.onnx", embedding="policy/embedding.onnx", decoder="policy/decoder.onnx"
         ),
+        cache_dtype=cache_dtype(computed),
     )

@@ -7,6 +7,7 @@ Nothing is read before it is asked for, so that a checkpoint larger than the mem
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,20 @@ import numpy as np
 from segzero_rt.errors import ExportError
 from segzero_rt.manifest import POLICY_FAMILIES
 
+from .lazy_weight import Floats, Weight
+from .policy_adapter import PolicyAdapter
+
 _OLD_PREFIXES = (
     ("visual.", "model.visual."),
     ("model.layers.", "model.language_model.layers."),
     ("model.embed_tokens.", "model.language_model.embed_tokens."),
     ("model.norm.", "model.language_model.norm."),
 )
+
+_TOKENS_OF_A_WINDOW = 4
+"""Along a side, for a tower that has no windows of its own: as in Qwen2.5-VL."""
+_UNUSED_ENDINGS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+"""Buffers that old checkpoints keep; they follow from the configuration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,8 @@ class VisionSizes:
     """Side of an attention window, in pixels."""
     full_attention_blocks: tuple[int, ...]
     rope_theta: float
+    gated: bool
+    """Blocks as Qwen2.5-VL has them: gated MLPs and root-mean-square norms; otherwise as Qwen2-VL."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
@@ -92,11 +103,15 @@ class TextSizes:
 class PolicyCheckpoint:
     """A checkpoint folder, opened.
 
+    Args:
+        folder: `config.json` and safetensors.
+        adapter: folder of a LoRA adapter in PEFT's layout, whose changes every weight is given with.
+
     Raises:
         ExportError: a file is missing or damaged, or the family or a size is not one that the exporter knows.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path | None = None) -> None:
         self.folder = folder
         self.config = _read_json(folder / "config.json")
         self.family = str(self.config.get("model_type", ""))
@@ -106,7 +121,7 @@ class PolicyCheckpoint:
                 f"in {folder / 'config.json'}"
             )
         try:
-            self.vision = _vision_sizes(self.config["vision_config"])
+            self.vision = _VISION_SIZES[self.family](self.config["vision_config"])
             self.text = _text_sizes(self.config)
             self.image_token_id = int(self.config["image_token_id"])
         except (KeyError, TypeError, ValueError) as error:
@@ -114,6 +129,8 @@ class PolicyCheckpoint:
                 f"expected the settings of {self.family} in {folder / 'config.json'}, got none or a wrong one: {error}"
             ) from error
         self._files = _weight_files(folder)
+        self._asked_for: set[str] = set()
+        self._adapter = PolicyAdapter(adapter, _current_key) if adapter is not None else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -126,26 +143,84 @@ class PolicyCheckpoint:
                 return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
         raise ExportError(f"expected eos_token_id in {self.folder}, got none")
 
-    def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """One weight as float32, by its transformers 5 key.
+    def weight(self, key: str, shape: tuple[int, ...] | None = None) -> Weight:
+        """One weight by its transformers 5 key; its numbers are read when they are asked for.
 
         Raises:
             ExportError: it is missing or has another shape.
         """
-        from safetensors import safe_open
-
         if key not in self._files:
             raise ExportError(f"expected a weight {key} in {self.folder}, got none; is the checkpoint complete?")
-        path, stored_key = self._files[key]
-        with safe_open(path, framework="pt") as weights:  # PyTorch, because NumPy has no bfloat16
-            values: np.ndarray = weights.get_tensor(stored_key).float().numpy()
-        if shape is not None and values.shape != shape:
-            raise ExportError(f"expected {key} of shape {shape}, got {values.shape} in {path}")
-        return values
+        found = self._files[key]
+        if shape is not None and found.shape != shape:
+            raise ExportError(f"expected {key} of shape {shape}, got {found.shape} in {found.path}")
+        self._asked_for.add(key)
+        weight = Weight(found.shape, found.rows)
+        return weight if self._adapter is None else self._adapter.applied(key, weight)
+
+    def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """One weight as float32, read now. Raises as `weight`."""
+        return self.weight(key, shape).array()
 
     def has(self, key: str) -> bool:
         """True when the files hold this weight."""
         return key in self._files
+
+    def check_nothing_is_left(self) -> None:
+        """To be called when every weight of the graphs was asked for.
+
+        Raises:
+            ExportError: the files hold a weight that nobody asked for: the checkpoint is of another architecture.
+        """
+        unused = [key for key in self._files if key not in self._asked_for and not key.endswith(_UNUSED_ENDINGS)]
+        if self.text.tied:
+            unused = [key for key in unused if key != "lm_head.weight"]  # some save tied weights twice
+        if unused:
+            raise ExportError(
+                f"expected the weights of {self.family} in {self.folder}, got {len(unused)} that it has not, such as "
+                f"{min(unused)}; is it of another architecture?"
+            )
+        if self._adapter is not None:
+            self._adapter.check_nothing_is_left()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the files that hold the weights."""
+        return sum(path.stat().st_size for path in {found.path for found in self._files.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all weights."""
+        return sum(int(np.prod(found.shape)) for found in self._files.values())
+
+    def fingerprint(self) -> str:
+        """Changes when a file of the checkpoint does: names, sizes and times of its files, and its configuration."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted({found.path for found in self._files.values()}):
+            status = path.stat()
+            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        if self._adapter is not None:
+            digest.update(self._adapter.fingerprint().encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """Where one weight lies."""
+
+    path: Path
+    key: str
+    """In that file."""
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The file is opened for each read: a map that stays open keeps in memory all that was ever read of it."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as weights:  # PyTorch, because NumPy has no bfloat16
+            part = weights.get_slice(self.key)[start:stop] if self.shape else weights.get_tensor(self.key)
+            values: Floats = part.float().numpy()
+            return values.copy() if values.base is not None and part.dtype.itemsize == 4 else values
 
 
 def _vision_sizes(config: Mapping[str, Any]) -> VisionSizes:
@@ -162,7 +237,33 @@ def _vision_sizes(config: Mapping[str, Any]) -> VisionSizes:
         window_size=int(config["window_size"]),
         full_attention_blocks=tuple(int(block) for block in config["fullatt_block_indexes"]),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
+        gated=True,
     )
+
+
+def _vision_sizes_of_qwen2(config: Mapping[str, Any]) -> VisionSizes:
+    """Qwen2-VL's tower: every patch attends to all others, so that the windows which patches come in mean nothing."""
+    rope = config.get("rope_parameters") or {}
+    depth, width = int(config["depth"]), int(config["embed_dim"])
+    if config.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise ValueError(f"hidden_act {config['hidden_act']}")
+    return VisionSizes(
+        depth=depth,
+        hidden_size=width,
+        intermediate_size=int(width * config["mlp_ratio"]),
+        num_heads=int(config["num_heads"]),
+        channels=int(config.get("in_channels", config.get("in_chans", 3))),
+        patch_size=int(config["patch_size"]),
+        temporal_patch_size=int(config.get("temporal_patch_size", 2)),
+        merge_size=int(config["spatial_merge_size"]),
+        window_size=int(config["patch_size"]) * int(config["spatial_merge_size"]) * _TOKENS_OF_A_WINDOW,
+        full_attention_blocks=tuple(range(depth)),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        gated=False,
+    )
+
+
+_VISION_SIZES = {"qwen2_5_vl": _vision_sizes, "qwen2_vl": _vision_sizes_of_qwen2}
 
 
 def _text_sizes(config: Mapping[str, Any]) -> TextSizes:
@@ -188,8 +289,8 @@ def _text_sizes(config: Mapping[str, Any]) -> TextSizes:
     )
 
 
-def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Transformers 5 key -> (file, key in that file)."""
+def _weight_files(folder: Path) -> dict[str, _Found]:
+    """Every weight in the files, by its transformers 5 key."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -200,13 +301,15 @@ def _weight_files(folder: Path) -> dict[str, tuple[Path, str]]:
         paths = [single]
     else:
         raise ExportError(f"expected model.safetensors or its index in {folder}, got neither")
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, _Found] = {}
     for path in paths:
         try:
             with safe_open(path, framework="pt") as weights:
-                found.update({_current_key(key): (path, key) for key in weights.keys()})  # noqa: SIM118 - no mapping
+                for key in weights.keys():  # noqa: SIM118 - no mapping
+                    shape = tuple(weights.get_slice(key).get_shape())
+                    found[_current_key(key)] = _Found(path=path, key=key, shape=shape)
         except (OSError, SafetensorError) as error:
-            raise ExportError(f"expected a safetensors file at {path}, got: {error}") from error
+            raise ExportError(f"expected a whole safetensors file at {path}, got: {error}; fetch it again") from error
     return found
 
 

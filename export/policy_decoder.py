@@ -12,24 +12,38 @@ Where this departs from transformers' `Qwen2_5_VLTextModel` (same numbers, other
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Collection
 
 from segzero_rt.graph_spec import decoder_spec
 
-from .graph_builder import MICROSOFT, GraphBuilder
+from .graph_builder import MICROSOFT, GraphBuilder, float_storage
+from .lazy_weight import Weight
 from .policy_checkpoint import PolicyCheckpoint, TextSizes
 from .policy_embedding import TABLE_FILE, TOKEN_TABLE_KEY
+from .precisions import QUANTIZED_STORAGES
+from .weight_store import WeightStore
 
 _TO_THE_END = 2**31 - 1
 """As the end of a Slice. ONNX would take a larger one too, TensorRT's indices have 32 bits."""
 
 
-def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -> GraphBuilder:
+def build_decoder(
+    checkpoint: PolicyCheckpoint,
+    *,
+    flavour: str,
+    storage: str,
+    computed: str = "float32",
+    store: WeightStore | None = None,
+    float32_products: Collection[str] = (),
+) -> GraphBuilder:
     """The decoder's graph.
 
     Args:
         flavour: "ort" or "portable".
-        storage: precision of the weights in the file, "float16", "float32" or "int8".
+        storage: precision of the weights in the file, one of `POLICY_STORAGES`.
+        computed: precision of products and attention; other than float32 for "portable" alone.
+        store: takes the weights; the model itself by default.
+        float32_products: see `GraphBuilder`.
     """
     text = checkpoint.text
     spec = decoder_spec(
@@ -39,8 +53,16 @@ def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -
         head_dim=text.head_dim,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
+        cache_dtype=cache_dtype(computed),
     )
-    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
+    builder = GraphBuilder(
+        spec,
+        storage=storage,
+        fused=flavour == "ort",
+        store=store,
+        computed=computed,
+        float32_products=float32_products,
+    )
     attention = _FusedAttention(builder, text) if flavour == "ort" else _PortableAttention(builder, text)
     residual = "inputs_embeds"
     branch = ""  # output of the last half-layer, not yet added to `residual`
@@ -48,6 +70,7 @@ def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -
         with builder.scope(f"layers.{layer}"):
             weights = _LayerWeights(checkpoint, layer)
             x, residual = _norm(builder, branch, residual, "input_layernorm", weights.norm("input_layernorm"), text)
+            builder.hidden[f"layers.{layer}"] = residual
             packed = builder.linear(x, "qkv", *weights.qkv())
             mixed = attention.attend(packed, layer)
             if layer == text.num_layers - 1:
@@ -55,10 +78,16 @@ def build_decoder(checkpoint: PolicyCheckpoint, *, flavour: str, storage: str) -
             branch = builder.linear(mixed, "o", weights.o())
             x, residual = _norm(builder, branch, residual, "post_norm", weights.norm("post_attention_layernorm"), text)
             branch = _feed_forward(builder, x, weights, text)
-    final = checkpoint.tensor("model.language_model.norm.weight", (text.hidden_size,))
-    x, _ = _norm(builder, branch, residual, "norm", final, text)
+    final = checkpoint.weight("model.language_model.norm.weight", (text.hidden_size,))
+    x, residual = _norm(builder, branch, residual, "norm", final, text)
+    builder.hidden["norm"] = residual
     _output_layer(builder, x, checkpoint)
     return builder
+
+
+def cache_dtype(computed: str) -> str:
+    """What keys and values are kept in: what they are computed in."""
+    return computed
 
 
 class _LayerWeights:
@@ -69,29 +98,29 @@ class _LayerWeights:
         self._text = checkpoint.text
         self._prefix = f"model.language_model.layers.{layer}."
 
-    def norm(self, name: str) -> np.ndarray:
+    def norm(self, name: str) -> Weight:
         return self._get(f"{name}.weight", (self._text.hidden_size,))
 
-    def qkv(self) -> tuple[np.ndarray, np.ndarray]:
+    def qkv(self) -> tuple[Weight, Weight]:
         """[q + k + v, hidden] and its bias; queries first, as GroupQueryAttention takes them packed."""
         text = self._text
         rows = {"q": text.hidden_size, "k": text.num_kv_heads * text.head_dim, "v": text.num_kv_heads * text.head_dim}
         weight = [self._get(f"self_attn.{part}_proj.weight", (rows[part], text.hidden_size)) for part in "qkv"]
         bias = [self._get(f"self_attn.{part}_proj.bias", (rows[part],)) for part in "qkv"]
-        return np.concatenate(weight), np.concatenate(bias)
+        return Weight.stacked(weight), Weight.stacked(bias)
 
-    def o(self) -> np.ndarray:
+    def o(self) -> Weight:
         return self._get("self_attn.o_proj.weight", (self._text.hidden_size, self._text.hidden_size))
 
-    def widening(self, part: str) -> np.ndarray:
+    def widening(self, part: str) -> Weight:
         """Of "gate" or "up"."""
         return self._get(f"mlp.{part}_proj.weight", (self._text.intermediate_size, self._text.hidden_size))
 
-    def down(self) -> np.ndarray:
+    def down(self) -> Weight:
         return self._get("mlp.down_proj.weight", (self._text.hidden_size, self._text.intermediate_size))
 
-    def _get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        return self._checkpoint.tensor(self._prefix + name, shape)
+    def _get(self, name: str, shape: tuple[int, ...]) -> Weight:
+        return self._checkpoint.weight(self._prefix + name, shape)
 
 
 class _FusedAttention:
@@ -133,23 +162,25 @@ class _PortableAttention:
         self._capacity = builder.lengths("past_key_0", 2)
         self._cos = builder.node("Unsqueeze", ["rotary_cos", builder.constant([1])])
         self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
+        self._bias = builder.narrowed("attention_bias")
 
     def attend(self, packed: str, layer: int) -> str:
         builder, text = self._builder, self._text
         widths = [text.hidden_size, text.num_kv_heads * text.head_dim, text.num_kv_heads * text.head_dim]
         split = builder.nodes("Split", [packed, builder.constant(widths)], [builder.name(p) for p in "qkv"], axis=-1)
-        query = builder.rotate(self._heads(split[0], text.num_heads), self._cos, self._sin)
-        query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, "float32")])
+        query = self._rotate(self._heads(split[0], text.num_heads))
+        query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, builder.computed)])
         query = builder.reshape(query, [0, text.num_kv_heads, -1, text.head_dim])
-        key = builder.rotate(self._heads(split[1], text.num_kv_heads), self._cos, self._sin)
-        key = builder.node("Identity", [key], output=f"new_key_{layer}")
-        value = self._heads(split[2], text.num_kv_heads, output=f"new_value_{layer}")
+        key = self._rotate(self._heads(split[1], text.num_kv_heads))
+        value = self._heads(split[2], text.num_kv_heads)
+        builder.node("Identity", [key], output=f"new_key_{layer}")
+        builder.node("Identity", [value], output=f"new_value_{layer}")
         scores = [
             builder.node("MatMul", [query, builder.node("Transpose", [keys], perm=[0, 1, 3, 2])])
             for keys in (f"past_key_{layer}", key)
         ]
         joined = builder.reshape(builder.node("Concat", scores, axis=-1), self._by_head)
-        shares = builder.node("Softmax", [builder.node("Add", [joined, "attention_bias"])], axis=-1)
+        shares = builder.node("Softmax", [builder.node("Add", [joined, self._bias])], axis=-1)
         shares = builder.reshape(shares, self._by_shared_head)
         # Slice and not Split, whose lengths TensorRT wants to know when it builds.
         start, end, axis = builder.constant([0]), builder.constant([_TO_THE_END]), builder.constant([3])
@@ -165,14 +196,19 @@ class _PortableAttention:
         attended = builder.reshape(builder.node("Add", mixed), [0, text.num_heads, -1, text.head_dim])
         return builder.reshape(builder.node("Transpose", [attended], perm=[0, 2, 1, 3]), [0, 0, text.hidden_size])
 
-    def _heads(self, x: str, num_heads: int, output: str | None = None) -> str:
+    def _heads(self, x: str, num_heads: int) -> str:
         """[batch, new, heads * head_dim] to [batch, heads, new, head_dim]."""
         split = self._builder.reshape(x, [0, 0, num_heads, self._text.head_dim])
-        return self._builder.node("Transpose", [split], output=output, perm=[0, 2, 1, 3])
+        return self._builder.node("Transpose", [split], perm=[0, 2, 1, 3])
+
+    def _rotate(self, x: str) -> str:
+        """In float32, whatever is computed in: an angle of 900 has no place in 16 bits."""
+        builder = self._builder
+        return builder.narrowed(builder.rotate(builder.widened(x), self._cos, self._sin))
 
 
 def _norm(
-    builder: GraphBuilder, branch: str, residual: str, name: str, weight: np.ndarray, text: TextSizes
+    builder: GraphBuilder, branch: str, residual: str, name: str, weight: Weight, text: TextSizes
 ) -> tuple[str, str]:
     """Adds the last half-layer's output, if any, and norms. Returns (normed, the new residual)."""
     if not branch:
@@ -188,24 +224,26 @@ def _rows_asked_for(builder: GraphBuilder, *tensors: str) -> list[str]:
 
 def _feed_forward(builder: GraphBuilder, x: str, weights: _LayerWeights, text: TextSizes) -> str:
     gate, up = (builder.linear(x, part, weights.widening(part)) for part in ("gate", "up"))
-    return builder.linear(builder.node("Mul", [builder.silu(gate), up]), "down", weights.down())
+    return builder.linear(builder.gated(gate, up, "down"), "down", weights.down())
 
 
 def _output_layer(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
     """Logits. Tied weights are read from the token table's own file."""
     text = checkpoint.text
     shape = (text.vocab_size, text.hidden_size)
-    if builder.storage == "int8":  # a copy of its own, small: tied weights are looked up as floats, multiplied as int8
-        weight = checkpoint.tensor(TOKEN_TABLE_KEY if text.tied else "lm_head.weight", shape)
-        builder.node("Identity", [builder.linear(x, "lm_head", weight)], output="logits")
+    if builder.storage in QUANTIZED_STORAGES:  # a copy of its own, small: tied weights are looked up as floats
+        weight = checkpoint.weight(TOKEN_TABLE_KEY if text.tied else "lm_head.weight", shape)
+        builder.node("Identity", [builder.linear(x, "lm_head", weight, bits=8)], output="logits")
         return
     if text.tied:
-        table = builder.as_float32(builder.external_weight("token_table", shape, TABLE_FILE))
+        stored = builder.external_weight("token_table", shape, TABLE_FILE)
+        table = stored if float_storage(builder.storage) == builder.computed else builder.cast(stored, builder.computed)
     else:
-        table = builder.weight("lm_head", checkpoint.tensor("lm_head.weight", shape))
+        table = builder.weight("lm_head", checkpoint.weight("lm_head.weight", shape))
     # Gemm and not MatMul: it takes the table as it lies on disk, [vocab, hidden], but only knows two axes.
     flat = builder.node("Gemm", [builder.reshape(x, [-1, text.hidden_size]), table], transB=1)
     sizes = builder.node(
         "Concat", [builder.node("Shape", ["logits_rows"]), builder.constant([text.vocab_size])], axis=0
     )
-    builder.node("Reshape", [flat, sizes], output="logits", allowzero=1)  # no rows asked for: a length of 0
+    # no rows asked for: a length of 0
+    builder.node("Reshape", [builder.widened(flat), sizes], output="logits", allowzero=1)

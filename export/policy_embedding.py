@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import embedding_spec
 
 from .graph_builder import GraphBuilder, float_storage
 from .policy_checkpoint import PolicyCheckpoint
+from .weight_encoding import FloatEncoding
+from .weight_store import FileStore, WeightStore
 
 TABLE_FILE = "token_table.bin"
 """Raw rows of the token table in the storage precision; a file of its own, so that tied weights are stored once."""
 TOKEN_TABLE_KEY = "model.language_model.embed_tokens.weight"
 
 
-def write_token_table(checkpoint: PolicyCheckpoint, folder: Path, *, storage: str) -> bool:
-    """Writes the token table, [vocab, hidden], as raw little-endian numbers. Returns whether none was rounded."""
-    table = checkpoint.tensor(TOKEN_TABLE_KEY, (checkpoint.text.vocab_size, checkpoint.text.hidden_size))
-    stored = table.astype(np.dtype(float_storage(storage)).newbyteorder("<"))
-    if not np.isfinite(stored).all():
-        raise ExportError(
-            f"expected token embeddings that fit into {float_storage(storage)}, got values up to {np.abs(table).max()}"
-        )
-    temporary = folder / (TABLE_FILE + ".part")
-    temporary.write_bytes(stored.tobytes())
-    temporary.replace(folder / TABLE_FILE)
-    return bool(np.array_equal(stored, table))
+def write_token_table(
+    checkpoint: PolicyCheckpoint, folder: Path, *, storage: str, store: WeightStore | None = None
+) -> WeightStore:
+    """Writes the token table, [vocab, hidden], as raw little-endian numbers.
+
+    Args:
+        store: takes it instead, when it is a `DryStore` or takes up what an earlier export left.
+
+    Returns:
+        the store, closed; its `lossless` says whether no number was rounded.
+    """
+    store = store or FileStore(folder / TABLE_FILE, f"{storage} {checkpoint.fingerprint()}", whole_file=True)
+    table = checkpoint.weight(TOKEN_TABLE_KEY, (checkpoint.text.vocab_size, checkpoint.text.hidden_size))
+    store.add(FloatEncoding("token embeddings", table, name="token_table", dtype=float_storage(storage)))
+    store.close()
+    return store
 
 
 def build_embedding(checkpoint: PolicyCheckpoint, *, storage: str) -> GraphBuilder:

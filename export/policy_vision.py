@@ -3,7 +3,8 @@
     patches ─► linear ─► blocks × [ norm ─► qkv ─► rotary ─► attention in windows or over all ─► proj ─► + norm ─► MLP ]
             ─► + norm ─► four neighbours to one token ─► MLP ─► raster order
 
-Where this departs from transformers' `Qwen2_5_VisionTransformerPretrainedModel` (same numbers, other arithmetic order):
+Qwen2-VL's has layer norms, an MLP without gate, and no windows. Where this departs from transformers'
+`Qwen2_5_VisionTransformerPretrainedModel` and `Qwen2VisionTransformerPretrainedModel` (same numbers, other order):
 1. one frame: the published weights convolve two copies of it, so the two halves of the kernel are added at export;
 2. patches come in window order from the host, as do windows and rotary values;
 3. windows are padded to one length and attended in one batch; the original takes them one by one. Where the picture's
@@ -13,32 +14,56 @@ Where this departs from transformers' `Qwen2_5_VisionTransformerPretrainedModel`
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from segzero_rt.graph_spec import vision_spec
 
 from .graph_builder import MICROSOFT, GraphBuilder
+from .lazy_weight import Floats, Weight
 from .policy_checkpoint import PolicyCheckpoint, VisionSizes
+from .weight_store import WeightStore
+
+TOWER_STORAGE = {"int4": "int8"}
+"""A tower has a fifth of a policy's weights and sees everything: 4 bits would save little there and blur much."""
 
 _EPSILON = 1e-6  # of every norm in the tower; fixed in the original too
 
 
 def build_vision(
-    checkpoint: PolicyCheckpoint, *, flavour: str, storage: str, input_size_hw: tuple[int, int] | None = None
+    checkpoint: PolicyCheckpoint,
+    *,
+    flavour: str,
+    storage: str,
+    computed: str = "float32",
+    store: WeightStore | None = None,
+    float32_products: Collection[str] = (),
+    input_size_hw: tuple[int, int] | None = None,
 ) -> GraphBuilder:
     """The vision tower's graph. Between its attentions, all patches of all pictures stand in one matrix.
 
     Args:
         flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
-        storage: precision of the weights in the file, "float16", "float32" or "int8".
+        storage: precision of the weights in the file, one of `POLICY_STORAGES`; where it says 4 bits, the tower has 8.
+        computed: precision of products and attention; other than float32 for "portable" alone.
+        store: takes the weights; the model itself by default.
+        float32_products: see `GraphBuilder`.
         input_size_hw: the one size of pictures that the graph is for; any by default.
     """
     sizes = checkpoint.vision
     patch_dim = sizes.channels * sizes.patch_size**2
     spec = vision_spec(patch_dim=patch_dim, head_dim=sizes.head_dim, hidden_size=checkpoint.text.hidden_size)
-    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
+    builder = GraphBuilder(
+        spec,
+        storage=TOWER_STORAGE.get(storage, storage),
+        fused=flavour == "ort",
+        store=store,
+        computed=computed,
+        float32_products=float32_products,
+    )
     # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
-    patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint).T, exact=True)
+    patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint), exact=True)
     residual = builder.node("MatMul", [builder.reshape("patches", [-1, patch_dim]), patch_weight])
     whole = input_size_hw is not None and not any(length % sizes.window_size for length in input_size_hw)
     attention = _VisionAttention(builder, sizes, whole_windows=whole)
@@ -47,14 +72,20 @@ def build_vision(
         with builder.scope(f"blocks.{block}"):
             weights = _BlockWeights(checkpoint, block)
             x, residual = _norm(builder, branch, residual, "norm1", weights.norm("norm1"))
+            builder.hidden[f"blocks.{block}"] = residual
             mixed = attention.attend(x, weights, everywhere=block in sizes.full_attention_blocks)
             branch = _branch(builder, mixed, "proj", weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
             x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
             branch = _feed_forward(builder, x, weights, sizes)
     with builder.scope("merger"):
-        x, _ = _norm(builder, branch, residual, "norm", checkpoint.tensor("model.visual.merger.ln_q.weight"))
+        x, residual = _norm(builder, branch, residual, "norm", _norm_weights(checkpoint, "merger.ln_q"))
+        builder.hidden["merger"] = residual
         _merge(builder, x, checkpoint)
     return builder
+
+
+_Norm = tuple[Weight, Weight | None]
+"""Scale and, of a layer norm, bias; a root-mean-square norm has none."""
 
 
 class _BlockWeights:
@@ -62,20 +93,21 @@ class _BlockWeights:
 
     def __init__(self, checkpoint: PolicyCheckpoint, block: int) -> None:
         self._checkpoint = checkpoint
+        self._block = block
         self._prefix = f"model.visual.blocks.{block}."
 
-    def norm(self, name: str) -> np.ndarray:
-        return self._checkpoint.tensor(f"{self._prefix}{name}.weight", (self._checkpoint.vision.hidden_size,))
+    def norm(self, name: str) -> _Norm:
+        return _norm_weights(self._checkpoint, f"blocks.{self._block}.{name}")
 
-    def linear(self, name: str, out_width: int, in_width: int) -> tuple[np.ndarray, np.ndarray]:
+    def linear(self, name: str, out_width: int, in_width: int) -> tuple[Weight, Weight]:
         """Weight [out, in] and bias."""
         return (
-            self._checkpoint.tensor(f"{self._prefix}{name}.weight", (out_width, in_width)),
-            self._checkpoint.tensor(f"{self._prefix}{name}.bias", (out_width,)),
+            self._checkpoint.weight(f"{self._prefix}{name}.weight", (out_width, in_width)),
+            self._checkpoint.weight(f"{self._prefix}{name}.bias", (out_width,)),
         )
 
 
-_Branch = tuple[str, np.ndarray]
+_Branch = tuple[str, Weight]
 """Output of a half-block that is still to be added to the residual, and the bias that is still to be added to it."""
 
 
@@ -88,6 +120,7 @@ class _VisionAttention:
         self._window_rows = (sizes.window_size // sizes.patch_size) ** 2 if whole_windows else None
         per_picture = [builder.lengths("patches", 0, 1), builder.constant([sizes.hidden_size])]
         self._per_picture = builder.node("Concat", per_picture, axis=0)
+        self._window_bias = ""
         if builder.fused:
             self._first_position = builder.constant([0])  # patch i takes row i of the rotary table
         else:
@@ -101,7 +134,7 @@ class _VisionAttention:
         query, key, value = (
             builder.reshape(
                 builder.linear(
-                    x, part, weight[i * width : (i + 1) * width], bias[i * width : (i + 1) * width], flat=True
+                    x, part, *(whole.part(i * width, (i + 1) * width) for whole in (weight, bias)), flat=True
                 ),
                 self._per_picture,
             )
@@ -123,7 +156,8 @@ class _VisionAttention:
             inputs = [x, self._first_position, "rotary_cos", "rotary_sin"]
             return builder.node("RotaryEmbedding", inputs, domain=MICROSOFT, num_heads=sizes.num_heads)
         heads = builder.reshape(x, [0, 0, sizes.num_heads, sizes.head_dim])
-        return builder.reshape(builder.rotate(heads, self._cos, self._sin), [0, 0, sizes.hidden_size])
+        rotated = builder.narrowed(builder.rotate(builder.widened(heads), self._cos, self._sin))
+        return builder.reshape(rotated, [0, 0, sizes.hidden_size])
 
     def _attend_all(self, query: str, key: str, value: str) -> str:
         sizes = self._sizes
@@ -147,31 +181,45 @@ class _VisionAttention:
     def _mix(self, query: str, key: str, value: str) -> str:
         """Softmax attention inside windows, over the two last axes."""
         builder = self._builder
-        scaled = builder.node("Mul", [query, builder.constant(self._sizes.head_dim**-0.5, "float32")])
+        scaled = builder.node("Mul", [query, builder.constant(self._sizes.head_dim**-0.5, builder.computed)])
         scores = builder.node("MatMul", [scaled, builder.node("Transpose", [key], perm=[0, 1, 2, 4, 3])])
-        scores = builder.node("Add", [scores, "window_bias"])
+        if not self._window_bias:
+            self._window_bias = builder.narrowed("window_bias")
+        scores = builder.node("Add", [scores, self._window_bias])
         return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
 
 
-def _branch(builder: GraphBuilder, x: str, name: str, weights: tuple[np.ndarray, np.ndarray]) -> _Branch:
+def _branch(builder: GraphBuilder, x: str, name: str, weights: tuple[Weight, Weight]) -> _Branch:
     """A product whose bias is left to the norm that follows, which adds it on the way."""
     return builder.linear(x, name, weights[0]), weights[1]
 
 
-def _norm(
-    builder: GraphBuilder, branch: _Branch | None, residual: str, name: str, weight: np.ndarray
-) -> tuple[str, str]:
+def _norm(builder: GraphBuilder, branch: _Branch | None, residual: str, name: str, norm: _Norm) -> tuple[str, str]:
     """Adds the last half-block's output, if any, and norms. Returns (normed, the new residual)."""
+    weight, bias = norm
     if branch is None:
-        return builder.rms_norm(residual, name, weight, _EPSILON), residual
-    return builder.add_rms_norm(branch[0], residual, name, weight, _EPSILON, bias=branch[1])
+        if bias is None:
+            return builder.rms_norm(residual, name, weight, _EPSILON), residual
+        return builder.layer_norm(residual, name, weight, bias, _EPSILON), residual
+    if bias is None:
+        return builder.add_rms_norm(branch[0], residual, name, weight, _EPSILON, bias=branch[1])
+    return builder.add_layer_norm(branch[0], residual, name, weight, _EPSILON, norm_bias=bias, bias=branch[1])
+
+
+def _norm_weights(checkpoint: PolicyCheckpoint, name: str) -> _Norm:
+    sizes = checkpoint.vision
+    weight = checkpoint.weight(f"model.visual.{name}.weight", (sizes.hidden_size,))
+    return weight, None if sizes.gated else checkpoint.weight(f"model.visual.{name}.bias", (sizes.hidden_size,))
 
 
 def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> _Branch:
     wide, narrow = sizes.intermediate_size, sizes.hidden_size
+    if not sizes.gated:
+        hidden = builder.quick_gelu(builder.linear(x, "fc1", *weights.linear("mlp.fc1", wide, narrow), flat=True))
+        return _branch(builder, hidden, "fc2", weights.linear("mlp.fc2", narrow, wide))
     gate = builder.linear(x, "gate", *weights.linear("mlp.gate_proj", wide, narrow), flat=True)
     up = builder.linear(x, "up", *weights.linear("mlp.up_proj", wide, narrow), flat=True)
-    hidden = builder.node("Mul", [builder.silu(gate), up])
+    hidden = builder.gated(gate, up, "down")
     return _branch(builder, hidden, "down", weights.linear("mlp.down_proj", narrow, wide))
 
 
@@ -182,17 +230,23 @@ def _merge(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
     x = builder.reshape(x, [-1, wide])
     prefix = "model.visual.merger.mlp."
     for name, layer, out_width in (("fc1", 0, wide), ("fc2", 2, hidden_size)):
-        weight = checkpoint.tensor(f"{prefix}{layer}.weight", (out_width, wide))
-        x = builder.linear(x, name, weight, checkpoint.tensor(f"{prefix}{layer}.bias", (out_width,)), flat=True)
+        weight = checkpoint.weight(f"{prefix}{layer}.weight", (out_width, wide))
+        x = builder.linear(x, name, weight, checkpoint.weight(f"{prefix}{layer}.bias", (out_width,)), flat=True)
         x = builder.gelu(x) if name == "fc1" else x
     shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, hidden_size])], axis=0)
-    builder.node("Gather", [builder.reshape(x, shape), "token_order"], output="image_features", axis=1)
+    features = builder.widened(builder.reshape(x, shape))
+    builder.node("Gather", [features, "token_order"], output="image_features", axis=1)
 
 
-def _one_frame_weight(checkpoint: PolicyCheckpoint) -> np.ndarray:
-    """[hidden, channels * patch * patch]: the 3-D kernel summed over time, for two equal frames."""
+def _one_frame_weight(checkpoint: PolicyCheckpoint) -> Weight:
+    """[channels * patch * patch, hidden]: the 3-D kernel summed over time, for two equal frames."""
     sizes = checkpoint.vision
     shape = (sizes.hidden_size, sizes.channels, sizes.temporal_patch_size, sizes.patch_size, sizes.patch_size)
-    kernel = checkpoint.tensor("model.visual.patch_embed.proj.weight", shape)
-    summed: np.ndarray = kernel.astype(np.float64).sum(axis=2).reshape(sizes.hidden_size, -1).astype(np.float32)
-    return summed
+    kernel = checkpoint.weight("model.visual.patch_embed.proj.weight", shape)
+    width = sizes.channels * sizes.patch_size**2
+
+    def rows(start: int, stop: int) -> Floats:
+        summed = kernel.array().astype(np.float64).sum(axis=2).reshape(sizes.hidden_size, width)
+        return np.ascontiguousarray(summed.T[start:stop], dtype=np.float32)
+
+    return Weight((width, sizes.hidden_size), rows)

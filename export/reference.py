@@ -12,20 +12,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from segzero_rt.errors import ExportError
 from segzero_rt.graph import Stop
 from segzero_rt.policy import Policy
 
 
 class TorchPolicy:
-    """A policy's checkpoint in transformers, float32, asked as `policy` is."""
+    """A policy's checkpoint in transformers, float32, asked as `policy` is; with an adapter, merged by PEFT.
 
-    def __init__(self, hf_folder: Path, policy: Policy) -> None:
+    Raises:
+        ExportError: there is an adapter, and no PEFT.
+    """
+
+    def __init__(self, hf_folder: Path, policy: Policy, *, adapter: Path | None = None) -> None:
         import torch
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
         self._torch = torch
         self._policy = policy
-        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_folder, dtype=torch.float32).eval()
+        self._model = AutoModelForImageTextToText.from_pretrained(hf_folder, dtype=torch.float32).eval()
+        if adapter is not None:
+            self._model = _merged(self._model, adapter)
         rows, columns = (length * policy.manifest.merge_size for length in policy.preprocessor.grid_hw)
         self._grid = torch.tensor([[1, rows, columns]])
         self._patches: Any = None
@@ -107,6 +114,14 @@ class TorchPolicy:
                 return_dict_in_generate=True,
                 **options,
             )
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ExportError(f"expected PEFT, to compare a merged adapter with: {error}; install peft") from error
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
 
 
 class TorchImageEncoder:

@@ -76,6 +76,7 @@ def write_bundle(
     files: Mapping[str, Path | bytes],
     *,
     overwrite: bool = False,
+    link_below: Path | None = None,
 ) -> Bundle:
     """Write a bundle so that `target` is either untouched or complete.
 
@@ -85,6 +86,8 @@ def write_bundle(
         manifest: its `files` is replaced by what is written.
         files: path inside the bundle to contents, or to a file to copy.
         overwrite: replace a bundle that is there; it stays until the new one is complete.
+        link_below: files under this folder are the caller's to give away; they are linked where the disk allows it, so
+            that gigabytes are not copied.
 
     Raises:
         BundleError: `target` exists and `overwrite` is false, or is no bundle, or the parts do not make a valid bundle.
@@ -94,7 +97,9 @@ def write_bundle(
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        records = {name: _write_file(staging, name, source) for name, source in sorted(files.items())}
+        records = {
+            name: _write_file(staging, name, source, link_below=link_below) for name, source in sorted(files.items())
+        }
         text = dataclasses.replace(manifest, files=records).to_json()
         _write_file(staging, MANIFEST_NAME, text.encode(), check=False)
         for folder in {staging, *(path.parent for path in staging.rglob("*"))}:
@@ -199,7 +204,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{target}: expected a bundle to replace, got something else; nothing was changed")
 
 
-def _write_file(root: Path, name: str, source: Path | bytes, *, check: bool = True) -> FileRecord:
+def _write_file(
+    root: Path, name: str, source: Path | bytes, *, check: bool = True, link_below: Path | None = None
+) -> FileRecord:
     if check:
         check_relative_path(name)
     path = root / name

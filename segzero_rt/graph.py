@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segzero_rt.errors import BackendError, GraphError
+from segzero_rt.external_data import check_external_data
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:  # ONNX Runtime has no stubs and must not be imported before a graph is loaded
@@ -114,12 +115,14 @@ class Graph:
 
         Raises:
             BackendError: the backend is not there, or cannot start.
-            GraphError: the file cannot be read as a graph, or has other inputs or outputs than the spec.
+            GraphError: the file cannot be read as a graph, has other inputs or outputs than the spec, or would read
+                weights from elsewhere than its own folder.
         """
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise BackendError(f"expected 1 to {MAX_THREADS} threads, got {threads}")
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
         runtime = _onnxruntime()
+        check_external_data(path)
         try:
             session = runtime.InferenceSession(
                 str(path), _session_options(runtime, threads or default_threads()), providers=list(resolved.providers)

@@ -193,7 +193,14 @@ def embedding_spec(*, hidden_size: int) -> GraphSpec:
 
 
 def decoder_spec(
-    *, flavour: str, num_layers: int, num_kv_heads: int, head_dim: int, hidden_size: int, vocab_size: int
+    *,
+    flavour: str,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden_size: int,
+    vocab_size: int,
+    cache_dtype: str = "float32",
 ) -> GraphSpec:
     """Decoder of the policy with an explicit KV cache.
 
@@ -206,7 +213,7 @@ def decoder_spec(
     * `portable`: the rotary values of the new tokens; `attention_bias`, 0 where token `new` may look and `MASKED`
       elsewhere, over the cache's capacity followed by the new tokens; the cache is only read, the new rows come out.
 
-    The cache of a layer is `[batch, kv_heads, capacity, head_dim]` in both.
+    The cache of a layer is `[batch, kv_heads, capacity, head_dim]` in both, of `cache_dtype`.
 
     Raises:
         ValueError: an unknown flavour.
@@ -231,8 +238,8 @@ def decoder_spec(
         )
         rows = "new"
         prefix = "new"
-    past = _cache_tensors("past", num_layers, ("batch", num_kv_heads, "capacity", head_dim))
-    written = _cache_tensors(prefix, num_layers, ("batch", num_kv_heads, rows, head_dim))
+    past = _cache_tensors("past", num_layers, ("batch", num_kv_heads, "capacity", head_dim), cache_dtype)
+    written = _cache_tensors(prefix, num_layers, ("batch", num_kv_heads, rows, head_dim), cache_dtype)
     return GraphSpec(
         name="decoder",
         flavour=flavour,
@@ -246,11 +253,9 @@ def decoder_spec(
     )
 
 
-def _cache_tensors(prefix: str, num_layers: int, shape: tuple[Dimension, ...]) -> list[TensorSpec]:
+def _cache_tensors(prefix: str, num_layers: int, shape: tuple[Dimension, ...], dtype: str) -> list[TensorSpec]:
     return [
-        TensorSpec(f"{prefix}_{part}_{layer}", "float32", shape)
-        for layer in range(num_layers)
-        for part in ("key", "value")
+        TensorSpec(f"{prefix}_{part}_{layer}", dtype, shape) for layer in range(num_layers) for part in ("key", "value")
     ]
 
 

@@ -29,8 +29,10 @@ QUALITY_GATE = "quality"
 """Key in `gates` of what the weights' precision costs on labelled questions."""
 GATE_PASSED, GATE_NOT_RUN = "passed", "not_run"
 """`status` of a gate's record; one that failed is never written."""
-POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl",), ("sam2",)
+POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl", "qwen2_vl"), ("sam2",)
 """Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
+
+CACHE_DTYPES = ("float32", "float16")
 
 LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
 """Marks fields that came after the first bundles were written: where one is missing it has its default."""
@@ -108,6 +110,8 @@ class PolicyManifest:
     max_new_tokens: int
     """Budget of an answer, unless the caller gives another."""
     graphs: PolicyGraphs
+    cache_dtype: str = field(default="float32", metadata=LATER)
+    """What the decoder's keys and values are kept in, one of `CACHE_DTYPES`."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -119,6 +123,7 @@ class PolicyManifest:
         _require_known("policy.family", self.family, POLICY_FAMILIES)
         _require_known("policy.flavour", self.flavour, DECODER_FLAVOURS)
         _require_known("policy.resampler", self.resampler, RESAMPLERS)
+        _require_known("policy.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         cell = self.patch_size * self.merge_size
         if any(side % cell for side in self.input_size_hw):
             raise BundleError(f"policy.input_size_hw: expected multiples of {cell}, got {self.input_size_hw}")

@@ -433,6 +433,7 @@ def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
             head_dim=manifest.head_dim,
             hidden_size=manifest.hidden_size,
             vocab_size=manifest.vocab_size,
+            cache_dtype=manifest.cache_dtype,
         ),
     }
 

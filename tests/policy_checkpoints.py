@@ -20,6 +20,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "untied": {"tied": False, "vision_heads": 2},
     "three-groups-all-windows": {"hidden": 96, "heads": 6, "kv_heads": 3, "layers": 3, "full_attention": ()},
     "no-windows": {"full_attention": (0, 1, 2)},
+    "qwen2-vl": {"family": "qwen2_vl"},
 }
 """Shapes of policies, by what is special about them."""
 
@@ -47,10 +48,10 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
 
     Args:
         sizes: any of hidden, layers, heads, kv_heads, mrope_section, vision_hidden, vision_depth, vision_heads,
-            window_size, full_attention.
+            window_size, full_attention, family ("qwen2_5_vl" or "qwen2_vl").
     """
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder)
@@ -58,7 +59,9 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
     section = (
         sizes.get("mrope_section") or (hidden // heads // 2 - 2 * (hidden // heads // 6),) + (hidden // heads // 6,) * 2
     )
-    config = Qwen2_5_VLConfig(
+    family = sizes.get("family", "qwen2_5_vl")
+    config = AutoConfig.for_model(
+        family,
         text_config={
             "vocab_size": 400,
             "hidden_size": hidden,
@@ -73,15 +76,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
             "eos_token_id": tokens["<|im_end|>"],
             "pad_token_id": tokens["<|endoftext|>"],
         },
-        vision_config={
-            "depth": sizes.get("vision_depth", 3),
-            "hidden_size": sizes.get("vision_hidden", 48),
-            "intermediate_size": sizes.get("vision_intermediate", 100),
-            "num_heads": sizes.get("vision_heads", 4),
-            "out_hidden_size": hidden,
-            "window_size": sizes.get("window_size", 112),
-            "fullatt_block_indexes": list(sizes.get("full_attention", (1,))),
-        },
+        vision_config=_vision_config(family, hidden, sizes),
         image_token_id=tokens["<|image_pad|>"],
         vision_start_token_id=tokens["<|vision_start|>"],
         vision_end_token_id=tokens["<|vision_end|>"],
@@ -89,7 +84,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -99,6 +94,20 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
             weight.copy_(weight.half().float())  # so that storing them as float16 changes nothing
     model.save_pretrained(folder)
     return model
+
+
+def _vision_config(family: str, hidden: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    width = sizes.get("vision_hidden", 48)
+    common = {"depth": sizes.get("vision_depth", 3), "num_heads": sizes.get("vision_heads", 4)}
+    if family == "qwen2_vl":
+        return common | {"embed_dim": width, "hidden_size": hidden, "mlp_ratio": 2}
+    return common | {
+        "hidden_size": width,
+        "intermediate_size": sizes.get("vision_intermediate", 100),
+        "out_hidden_size": hidden,
+        "window_size": sizes.get("window_size", 112),
+        "fullatt_block_indexes": list(sizes.get("full_attention", (1,))),
+    }
 
 
 def random_picture(seed: int, size_hw: tuple[int, int] = (90, 131)) -> np.ndarray:

@@ -1,0 +1,196 @@
+"""A policy checkpoint of a published size with random weights: what an export costs does not depend on their values.
+
+    python -m benchmarks.random_policy --like qwen2.5-vl-3b --tokenizer ../shared/assets/qwen2.5-vl-7b --out DIR
+
+Published layout: flat settings, `model.` and `visual.` keys, bfloat16 shards with an index. Written shard by shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SHARD_BYTES = 512 << 20
+POOL = 1 << 24
+"""Random numbers that all weights are cut from: drawing billions would take longer than the export."""
+STD = 0.02
+"""Of every matrix, as such models are initialised."""
+
+VISION = {
+    "depth": 32,
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
+    "temporal_patch_size": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What tells the sizes of Qwen2.5-VL apart, from their published config.json."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+SIZES = {
+    "qwen2.5-vl-3b": Size(hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True),
+    "qwen2.5-vl-7b": Size(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
+}
+
+
+def main() -> None:
+    """Writes one checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", choices=tuple(SIZES), default="qwen2.5-vl-3b")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--layers", type=int, help="fewer layers of the decoder and the tower, at full width")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    print(write_policy(SIZES[arguments.like], arguments.tokenizer, arguments.out, layers=arguments.layers))
+
+
+def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None = None) -> int:
+    """Writes the checkpoint; returns the bytes of its weights.
+
+    Args:
+        layers: so many in the decoder and in the tower instead of all.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    config = configuration(size, layers)
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copyfile(tokenizer / name, out / name)
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * STD).to(torch.bfloat16)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, Any] = {}
+    held = total = place = 0
+    for key, shape in [*tensors(config), ("", ())]:
+        count = int(torch.tensor(shape).prod()) if shape else 0
+        if shard and (not key or held + 2 * count > SHARD_BYTES):
+            name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(shard, out / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, name)
+            shard, held = {}, 0
+        if key:
+            place = (place + 7919) % POOL
+            shard[key] = _cut(pool, place, count).reshape(shape)
+            if key.endswith("norm.weight") or "norm1" in key or "norm2" in key or "ln_q" in key:
+                shard[key] += 1
+            held, total = held + 2 * count, total + 2 * count
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return total
+
+
+def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
+    """config.json as published, with fewer layers where that is asked."""
+    vision = VISION | {"out_hidden_size": size.hidden}
+    if layers is not None:
+        vision |= {"depth": layers, "fullatt_block_indexes": [layers - 1]}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "max_position_embeddings": 128000,
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers if layers is None else layers,
+        "num_key_value_heads": size.kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": size.tied,
+        "torch_dtype": "bfloat16",
+        "vision_config": vision,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": size.vocab,
+    }
+
+
+def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys and shapes of all weights, as published."""
+    hidden, wide, vision = config["hidden_size"], config["intermediate_size"], config["vision_config"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for part, rows in (("q", hidden), ("k", kv), ("v", kv)):
+            yield f"{prefix}self_attn.{part}_proj.weight", (rows, hidden)
+            yield f"{prefix}self_attn.{part}_proj.bias", (rows,)
+        yield f"{prefix}self_attn.o_proj.weight", (hidden, hidden)
+        for part, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+            yield f"{prefix}mlp.{part}_proj.weight", shape
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (config["vocab_size"], hidden)
+    yield from _vision_tensors(vision)
+
+
+def _vision_tensors(vision: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, wide = vision["hidden_size"], vision["intermediate_size"]
+    side = vision["patch_size"]
+    yield "visual.patch_embed.proj.weight", (width, vision["in_chans"], vision["temporal_patch_size"], side, side)
+    for block in range(vision["depth"]):
+        prefix = f"visual.blocks.{block}."
+        shapes = {
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "mlp.gate_proj": (wide, width),
+            "mlp.up_proj": (wide, width),
+            "mlp.down_proj": (width, wide),
+        }
+        for name, shape in shapes.items():
+            yield f"{prefix}{name}.weight", shape
+            yield f"{prefix}{name}.bias", shape[:1]
+        yield f"{prefix}norm1.weight", (width,)
+        yield f"{prefix}norm2.weight", (width,)
+    merged = width * vision["spatial_merge_size"] ** 2
+    yield "visual.merger.ln_q.weight", (width,)
+    for layer, rows in ((0, merged), (2, vision["out_hidden_size"])):
+        yield f"visual.merger.mlp.{layer}.weight", (rows, merged)
+        yield f"visual.merger.mlp.{layer}.bias", (rows,)
+
+
+def _cut(pool: Any, place: int, count: int) -> Any:
+    """`count` numbers of the pool from `place` on, around its end as often as it takes."""
+    import torch
+
+    rounds = -(-(place + count) // POOL)
+    return (
+        torch.cat([pool] * rounds)[place : place + count].clone() if rounds > 1 else pool[place : place + count].clone()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""LoRA adapters in PEFT's layout, added to a checkpoint's weights as they are read: `W + scale * B @ A`, row by row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segzero_rt.errors import ExportError
+
+from .lazy_weight import Floats, Weight
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+_EXPECTED = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "fan_in_fan_out": False}
+"""Settings under which an adapter is a sum of products and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """What is added to one weight."""
+
+    down: Floats
+    """A, [rank, in]."""
+    up: Floats
+    """B, [out, rank]."""
+    scale: float
+
+    def rows(self, start: int, stop: int) -> Floats:
+        added: Floats = np.float32(self.scale) * (self.up[start:stop] @ self.down)
+        return added
+
+
+class PolicyAdapter:
+    """An adapter folder, read whole: it is small.
+
+    Args:
+        folder: `adapter_config.json` and `adapter_model.safetensors`.
+        current_key: a weight's transformers 5 key, from any that the adapter may know it by.
+
+    Raises:
+        ExportError: a file is missing or damaged, or it is an adapter of another kind than plain LoRA.
+    """
+
+    def __init__(self, folder: Path, current_key: Callable[[str], str]) -> None:
+        self.folder = folder
+        try:
+            config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ExportError(f"expected an adapter with {CONFIG_FILE} in {folder}, got: {error}") from error
+        for name, expected in _EXPECTED.items():
+            if config.get(name, expected) not in (expected, [] if expected is None else expected):
+                raise ExportError(
+                    f"expected an adapter with {name} {expected}, got {config[name]} in {folder}; merge it with PEFT "
+                    "and export the merged checkpoint"
+                )
+        self._products = _products(folder, config, current_key)
+        self._used: set[str] = set()
+
+    def applied(self, key: str, weight: Weight) -> Weight:
+        """The weight with what the adapter adds to it.
+
+        Raises:
+            ExportError: the adapter was made for a weight of another shape.
+        """
+        product = self._products.get(key)
+        if product is None:
+            return weight
+        shape = (product.up.shape[0], product.down.shape[1])
+        if shape != weight.shape:
+            raise ExportError(f"expected an adapter for {key} of shape {weight.shape}, got one for {shape}")
+        self._used.add(key)
+        return Weight(weight.shape, lambda start, stop: weight.rows(start, stop) + product.rows(start, stop))
+
+    def check_nothing_is_left(self) -> None:
+        """To be called when every weight was asked for.
+
+        Raises:
+            ExportError: the adapter changes a weight that the checkpoint has not.
+        """
+        unused = sorted(set(self._products) - self._used)
+        if unused:
+            raise ExportError(
+                f"expected an adapter of this checkpoint in {self.folder}, got one that changes {unused[0]}"
+            )
+
+    def fingerprint(self) -> str:
+        """Changes when the adapter does."""
+        digest = hashlib.sha256((self.folder / CONFIG_FILE).read_bytes())
+        digest.update((self.folder / WEIGHTS_FILE).read_bytes())
+        return digest.hexdigest()
+
+
+def _products(folder: Path, config: dict[str, Any], current_key: Callable[[str], str]) -> dict[str, _Product]:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS_FILE
+    parts: dict[str, dict[str, Floats]] = {}
+    try:
+        with safe_open(path, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - no mapping
+                match = _KEY.match(key)
+                if match is None:
+                    raise ExportError(f"expected weights of LoRA in {path}, got {key}")
+                parts.setdefault(match["module"], {})[match["part"]] = weights.get_tensor(key).float().numpy()
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"expected a whole safetensors file at {path}, got: {error}; fetch it again") from error
+    found = {}
+    for module, pair in parts.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ExportError(f"expected lora_A and lora_B of one rank for {module} in {path}, got {sorted(pair)}")
+        scale = _scale(config, module, pair["A"].shape[0])
+        found[current_key(f"{module}.weight")] = _Product(pair["A"], pair["B"], scale)
+    return found
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank); alpha may be one of its own for modules that a pattern names."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    alpha = float(next(own, config.get("lora_alpha", rank)))
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -1,0 +1,155 @@
+"""Writes the three graphs of a policy and their weights: planned first without reading any, then tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from segzero_rt.errors import ExportError
+
+from .graph_builder import GraphBuilder
+from .policy_checkpoint import PolicyCheckpoint
+from .policy_decoder import build_decoder
+from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
+from .policy_vision import build_vision
+from .weight_store import DiskFullError, DryStore, FileStore, InlineStore, WeightStore
+
+EXTERNAL_FROM_BYTES = 1 << 30
+"""Weights of more lie in files beside the graphs: an ONNX file ends at 2 GB."""
+
+GRAPHS = ("embedding", "vision", "decoder")
+
+_OF_3B_TOWER, _OF_3B_TEXT = (32, 1280), 2048
+"""Depth and width of Qwen2.5-VL's vision tower, and the text width by which the 3B model's is told from others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """How weights are stored, what is computed in, and what is excepted from that."""
+
+    storage: str = "float16"
+    """Of the weights in the files, one of `POLICY_STORAGES`."""
+    computed: str = "float32"
+    """Of products and attention; other than float32 for flavour "portable" and weights stored alike."""
+    float32_products: tuple[str, ...] = ()
+    """Paths of products, such as "vision/blocks.31/down", that stay in float32 in a graph of 16 bits."""
+
+    def of(self, graph: str) -> tuple[str, ...]:
+        """The excepted products of one graph, without its name."""
+        return tuple(path.partition("/")[2] for path in self.float32_products if path.partition("/")[0] == graph)
+
+
+def float32_by_rule(checkpoint: PolicyCheckpoint) -> tuple[str, ...]:
+    """Products that are known to leave float16's range: the last `down` of the vision tower of Qwen2.5-VL-3B.
+
+    TensorRT-Edge-LLM's exporter kept the same product in float32 up to release 0.5.
+    """
+    vision = checkpoint.vision
+    if (vision.depth, vision.hidden_size) == _OF_3B_TOWER and checkpoint.text.hidden_size == _OF_3B_TEXT:
+        return (f"vision/blocks.{vision.depth - 1}/down",)
+    return ()
+
+
+class PolicyGraphWriter:
+    """The graphs of one checkpoint on their way into `folder`. Call `plan`, then `write`."""
+
+    def __init__(
+        self,
+        checkpoint: PolicyCheckpoint,
+        folder: Path,
+        precision: Precision,
+        *,
+        flavour: str,
+        input_size_hw: tuple[int, int],
+    ) -> None:
+        self.folder = folder
+        self.precision = precision
+        self.loaded_bytes = 0
+        """Memory that the weights take on a CPU; known once planned."""
+        self.lossless = True
+        """False once a weight was rounded to be stored."""
+        self.resumed = 0
+        """Weights that an earlier, killed export had written."""
+        self.builders: dict[str, GraphBuilder] = {}
+        self._checkpoint = checkpoint
+        self._flavour = flavour
+        self._input_size_hw = input_size_hw
+        self._external = False
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """All files in `folder` that belong to the bundle."""
+        data = [f"{name}.data" for name in GRAPHS if (self.folder / f"{name}.data").is_file()]
+        return (*(f"{name}.onnx" for name in GRAPHS), *data, TABLE_FILE)
+
+    def plan(self, external: bool | None = None) -> None:
+        """Goes through all graphs without reading a weight.
+
+        Args:
+            external: keep weights in files of their own; by default where they are too many for one.
+
+        Raises:
+            ExportError: a weight is missing, superfluous or of another shape, or the disk has not the room.
+        """
+        stores = [DryStore() for _ in GRAPHS]
+        self._write_table(stores[0])
+        for name, store in zip(("vision", "decoder"), stores[1:], strict=True):
+            self._check_products(name, self._build(name, store).products)
+        self._checkpoint.check_nothing_is_left()
+        self.loaded_bytes = sum(store.loaded_bytes for store in stores)
+        needed = sum(store.num_bytes for store in stores)
+        self._external = needed > EXTERNAL_FROM_BYTES if external is None else external
+        missing = needed - sum(path.stat().st_size for path in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise DiskFullError(
+                f"expected {missing / 1e9:.1f} GB of room in {self.folder.parent.parent} for the policy's graphs, got "
+                f"{free / 1e9:.1f} GB; free some, or store fewer bits"
+            )
+
+    def write(self) -> None:
+        """Writes all files, reading each weight once.
+
+        Raises:
+            ExportError: a weight is not finite or does not fit its precision, or the disk is full.
+        """
+        table = self._write_table(self._file_store(TABLE_FILE, whole_file=True))
+        self.lossless = table.lossless
+        self.builders["embedding"] = build_embedding(self._checkpoint, storage=self.precision.storage)
+        self.builders["embedding"].save(self.folder / "embedding.onnx")
+        for name in ("vision", "decoder"):
+            store = self._file_store(f"{name}.data") if self._external else InlineStore()
+            builder = self._build(name, store)
+            builder.save(self.folder / f"{name}.onnx")
+            self.lossless = self.lossless and builder.lossless
+            self.builders[name] = builder
+
+    def _check_products(self, graph: str, products: set[str]) -> None:
+        unknown = sorted(set(self.precision.of(graph)) - products)
+        if unknown:
+            raise ExportError(f"expected a product of the {graph} graph to keep in float32, got {graph}/{unknown[0]}")
+
+    def _write_table(self, store: WeightStore) -> WeightStore:
+        return write_token_table(self._checkpoint, self.folder, storage=self.precision.storage, store=store)
+
+    def _build(self, name: str, store: WeightStore) -> GraphBuilder:
+        options = {
+            "flavour": self._flavour,
+            "storage": self.precision.storage,
+            "computed": self.precision.computed,
+            "float32_products": self.precision.of(name),
+            "store": store,
+        }
+        if name == "vision":
+            return build_vision(self._checkpoint, input_size_hw=self._input_size_hw, **options)  # type: ignore[arg-type]
+        return build_decoder(self._checkpoint, **options)  # type: ignore[arg-type]
+
+    def _file_store(self, name: str, *, whole_file: bool = False) -> FileStore:
+        fingerprint = f"{self._checkpoint.fingerprint()} {self.precision} {self._flavour} {self._input_size_hw}"
+        try:
+            store = FileStore(self.folder / name, fingerprint, whole_file=whole_file)
+        except OSError as error:
+            raise ExportError(f"expected to write {self.folder / name}, got: {error}") from error
+        self.resumed += store.resumed
+        return store

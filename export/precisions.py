@@ -1,0 +1,10 @@
+"""Names of precisions: of weights in the files, and of what is computed with them."""
+
+from __future__ import annotations
+
+STORAGES = ("float16", "float32", "int8")
+"""Of weights in the files of both models."""
+POLICY_STORAGES = (*STORAGES, "bfloat16", "int4")
+QUANTIZED_STORAGES = ("int8", "int4")
+COMPUTED = ("float32", "float16")
+"""ONNX Runtime has no products of bfloat16 on CPUs, so that no gate could try them; as storage it is fine."""
