@@ -150,8 +150,9 @@ def tabletop() -> ExperimentPreset:
     centre = recipe.learning_rate
     return ExperimentPreset(
         name="tabletop", grpo=recipe, steps=240, sweep_steps=60, evaluations=6, sweep_evaluations=2,
-        grpo_rates=(centre / 3, centre, 3 * centre), sft_rates=(1e-4, 3e-4, 1e-3), seeds=(1, 2, 3), sft_batch=16,
-        validation_questions=144, test_questions=360, ood_questions=120, retention_pictures=60,
+        grpo_rates=(centre / 3, centre, 3 * centre), sft_rates=(1e-4, 3e-4, 1e-3), seeds=(1, 2, 3),
+        sft_batch=recipe.prompts_per_step, validation_questions=144, test_questions=360, ood_questions=240,
+        retention_pictures=120,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ ends when all are done, or when whoever started it is gone.
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import sys
@@ -83,6 +84,7 @@ class Worker:
                 return False
             self.workplace.finish(job, self.do(job))
             self._clean(job)
+        gc.collect()  # trainers hold themselves in cycles, with their weights
         return True
 
     def _clean(self, job: Job) -> None:
