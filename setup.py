@@ -81,6 +81,7 @@ setup(
         "segzero_rt",
         "segzero_rt.commands",
         "segzero_rt.engines",
+        "segzero_rt.kernels",
         "segzero_rt.preflight",
         "segzero_rt.export",
         "segzero_rt.training",
@@ -89,6 +90,7 @@ setup(
     package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
     package_data={
         "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],
+        "segzero_rt.kernels": ["*.cu", "*.cuh", "*.hpp"],
         "segzero_rt.training": ["accelerate/*.yaml"],
     },
     install_requires=CORE,

@@ -35,6 +35,8 @@ _SUFFIXES = ["", "2d", "xy", *"123456789", *(f"2d{digit}" for digit in range(1, 
 POINT_NAMES = frozenset(f"{stem}{suffix}" for stem in ("point", "points") for suffix in _SUFFIXES)
 """Keys of a point or a list of points, in the same spelling."""
 _JOINERS = str.maketrans("", "", "_- ")
+MAX_KEYS = 32
+"""Keys with points that are looked at in one object, and keys of an object that may be a wrapper; bounds the work."""
 
 
 def canonical_objects(value: JsonValue, answer_format: AnswerFormat) -> list[RawObject] | None:
@@ -109,12 +111,14 @@ def _collect(value: JsonValue, answer_format: AnswerFormat, objects: list[RawObj
             own_key = answer_format.box_key if answer_format.box_key in value else box_keys[0]
             box = _box_numbers(value[own_key])
             if box is not None:
-                point_keys = [key for key in value if _plain_name(key) in POINT_NAMES]
+                point_keys = [key for key in value if _plain_name(key) in POINT_NAMES][:MAX_KEYS]
                 points = [point for key in point_keys for point in _points(value[key])]
                 objects.append(RawObject(box=box, points=tuple(points)))
             return
         inner = [entry for entry in value.values() if isinstance(entry, (dict, list))]
-        if len(inner) == 1:  # {"objects": [...]}; with several, which one is meant is a guess
+        if (
+            len(inner) == 1 and len(value) <= MAX_KEYS
+        ):  # {"objects": [...]}; with several, which one is meant is a guess
             _collect(inner[0], answer_format, objects)
 
 

@@ -2,7 +2,7 @@
 
 `parse_answer` is the contract; runtime, evaluation and rewards all read with it. It never raises for any text, and
 its time is linear in the text. Where the text does not say clearly what was meant, it says `malformed`: no box is made
-up.
+up. What it says is defined here, by `read_reply`; where a compiler is, `kernels.parse_prompts` says the same sooner.
 
 Which text is the answer (`tolerant`, `rfc8259`)
     The last `<answer>` that stands outside the thinking and holds an answer that can be used; at most
@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from segzero_rt.answer import Answer, AnswerStatus
+from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.answer_format import ANSWER_CLOSE, ANSWER_OPEN, FORMATS, AnswerFormat
 from segzero_rt.answer_geometry import to_prompt
 from segzero_rt.answer_objects import (
@@ -45,7 +46,7 @@ from segzero_rt.answer_tags import (
     answer_openings,
     find_tags,
     seg_zero_span,
-    thinking_text,
+    thinking_span,
     vision_reasoner_span,
 )
 from segzero_rt.json_reader import Dialect, JsonFault, read_json
@@ -74,6 +75,19 @@ _EXAMPLES = [
     for known in FORMATS.values()
 ]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What a reply says and where it thinks, before it is an `Answer`."""
+
+    status: AnswerStatus
+    thinking_span: tuple[int, int]
+    """Characters of the reply, white space off both ends; (0, 0) for none."""
+    prompts: tuple[Prompt, ...]
+    num_objects: int
+    """Objects that the answer names, those outside the picture and beyond `MAX_OBJECTS` included."""
+
+
 _Found = tuple[list[RawObject], int]
 """The objects of an answer (none: "no such object") and where in the text the answer begins."""
 
@@ -87,7 +101,7 @@ def parse_answer(
     finished: bool = True,
     mode: ParseMode = "tolerant",
 ) -> Answer:
-    """Reads a policy's reply. Never raises for any text.
+    """Reads a policy's reply as an `Answer`. Never raises for any text.
 
     Args:
         text: the reply as generated, without the prompt.
@@ -100,10 +114,32 @@ def parse_answer(
     Raises:
         ValueError: a size that is not positive, or an unknown mode: the caller's mistake, not the text's.
     """
-    if min(*input_size_hw, *source_size_hw) < 1:
-        raise ValueError(f"expected positive sizes, got input {input_size_hw} and source {source_size_hw}")
-    if mode not in MODES:
-        raise ValueError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
+    from segzero_rt.kernels.parse_prompts import compiled_reading  # which takes its definition from here
+
+    check_request(input_size_hw, source_size_hw, mode)
+    reading = compiled_reading(text, answer_format, (*input_size_hw, *source_size_hw), finished, mode) or read_reply(
+        text,
+        answer_format=answer_format,
+        input_size_hw=input_size_hw,
+        source_size_hw=source_size_hw,
+        finished=finished,
+        mode=mode,
+    )
+    thinking = text[slice(*reading.thinking_span)]
+    return Answer(status=reading.status, thinking=thinking, prompts=reading.prompts, text=text)
+
+
+def read_reply(
+    text: str,
+    *,
+    answer_format: AnswerFormat,
+    input_size_hw: tuple[int, int],
+    source_size_hw: tuple[int, int],
+    finished: bool = True,
+    mode: ParseMode = "tolerant",
+) -> Reading:
+    """The same in Python, with the place of the thinking and the number of objects named: the definition."""
+    check_request(input_size_hw, source_size_hw, mode)
     tags = find_tags(text)
     found = _find_answer(text, tags, answer_format, finished, mode)
     objects, start = found if found is not None else ([], _default_start(text, tags))
@@ -115,7 +151,20 @@ def parse_answer(
         status = AnswerStatus.NONE_FOUND
     else:
         status = AnswerStatus.MALFORMED if finished else AnswerStatus.TRUNCATED
-    return Answer(status=status, thinking=thinking_text(text, tags, start), prompts=prompts, text=text)
+    return Reading(
+        status=status,
+        thinking_span=thinking_span(text, tags, start),
+        prompts=prompts,
+        num_objects=len(objects),
+    )
+
+
+def check_request(input_size_hw: tuple[int, int], source_size_hw: tuple[int, int], mode: str) -> None:
+    """Raises ValueError for a size that is not positive, or an unknown mode."""
+    if min(*input_size_hw, *source_size_hw) < 1:
+        raise ValueError(f"expected positive sizes, got input {input_size_hw} and source {source_size_hw}")
+    if mode not in MODES:
+        raise ValueError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
 
 
 def _default_start(text: str, tags: Sequence[Tag]) -> int:

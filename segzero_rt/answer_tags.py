@@ -55,12 +55,12 @@ def answer_openings(tags: Sequence[Tag], *, finished: bool) -> list[Tag]:
     return openings[::-1]
 
 
-def thinking_text(text: str, tags: Sequence[Tag], answer_start: int) -> str:
-    """Returns the thinking that belongs to the answer at `answer_start`, stripped.
+def thinking_span(text: str, tags: Sequence[Tag], answer_start: int) -> tuple[int, int]:
+    """Returns where the thinking stands that belongs to the answer at `answer_start`, white space off both ends.
 
     It stands between the first `<think>` after the previous answer and the last `</think>` before this one; where the
     opening tag is missing it begins after the previous answer, where the closing one is, it ends at `answer_start`. If
-    there is nothing before the answer, a think block behind it is taken.
+    there is nothing before the answer, a think block behind it is taken. (0, 0) if nothing was thought.
     """
     begin = 0
     for tag in tags:
@@ -71,8 +71,7 @@ def thinking_text(text: str, tags: Sequence[Tag], answer_start: int) -> str:
     inside = [tag for tag in tags if tag.is_think and begin <= tag.start < answer_start]
     opening = next((tag.end for tag in inside if not tag.is_close), begin)
     closing = next((tag.start for tag in reversed(inside) if tag.is_close and tag.start >= opening), answer_start)
-    thinking = text[opening:closing].strip()
-    return thinking or _thinking_behind(text, tags, answer_start)
+    return _stripped(text, opening, closing) or _thinking_behind(text, tags, answer_start) or (0, 0)
 
 
 def vision_reasoner_span(text: str) -> tuple[int, int] | None:
@@ -98,12 +97,20 @@ def seg_zero_span(text: str) -> tuple[int, int] | None:
     return None if close < 0 else (start, close + 1)
 
 
-def _thinking_behind(text: str, tags: Sequence[Tag], answer_start: int) -> str:
+def _stripped(text: str, begin: int, end: int) -> tuple[int, int] | None:
+    """The span without the white space at its ends; None if nothing is left."""
+    inside = text[begin:end]
+    begin += len(inside) - len(inside.lstrip())
+    length = len(inside.strip())
+    return (begin, begin + length) if length else None
+
+
+def _thinking_behind(text: str, tags: Sequence[Tag], answer_start: int) -> tuple[int, int] | None:
     opening = next((tag for tag in tags if tag.is_think and not tag.is_close and tag.start > answer_start), None)
     if opening is None:
-        return ""
+        return None
     closing = next((tag.start for tag in tags if tag.start >= opening.end), len(text))
-    return text[opening.end : closing].strip()
+    return _stripped(text, opening.end, closing)
 
 
 def _think_tags_that_follow(tags: Sequence[Tag]) -> list[bool | None]:

@@ -71,8 +71,12 @@ class JsonStop(Exception):
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
-_PLAIN_STRING = re.compile(r'"([^"\\\x00-\x1f]*)"')
+# RFC 8259 §8.1 wants UTF-8, in which no surrogate stands by itself; Python's reader takes any character.
+_PLAIN = {
+    "rfc8259": re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*'),
+    "python": re.compile(r'[^"\\\x00-\x1f]*'),
+}
+_PLAIN_STRING = re.compile(r'"([^"\\\x00-\x1f\ud800-\udfff]*)"')
 _INTEGER = "-?(?:0|[1-9][0-9]{0,14})"
 _PLAIN_INTEGERS = re.compile(rf"\[ ?({_INTEGER}(?:, ?{_INTEGER}){{0,15}}) ?\]")
 _HEX4 = re.compile(r"[0-9a-fA-F]{4}")
@@ -149,12 +153,13 @@ def _hex_unit(text: str, at: int, end: int) -> int:
 class _StrictScan:
     """State of one strict scan: the position `at` only moves forward."""
 
-    __slots__ = ("_end", "_finite", "_literals", "_text", "at")
+    __slots__ = ("_end", "_finite", "_literals", "_plain", "_text", "at")
 
     def __init__(self, text: str, start: int, end: int, dialect: Dialect) -> None:
         self.at = start
         self._text = text
         self._end = end
+        self._plain = _PLAIN[dialect.value]
         self._finite = dialect is Dialect.RFC8259
         self._literals = _LITERALS if dialect is Dialect.RFC8259 else _PYTHON_LITERALS
 
@@ -264,7 +269,7 @@ class _StrictScan:
             return whole[1]
         parts: list[str] = []
         while True:
-            plain = _PLAIN.match(text, at, end)
+            plain = self._plain.match(text, at, end)
             stop = at if plain is None else plain.end()
             parts.append(text[at:stop])
             if stop >= end:

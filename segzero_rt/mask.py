@@ -1,4 +1,4 @@
-"""Masks as arrays: from the segmenter's coarse logits to the source picture, COCO's run-length text, boxes, IoU.
+"""Masks as arrays: from the segmenter's coarse logits, COCO's run-length text and back, boxes, IoU.
 
 The run-length text is the compressed form of the COCO API (pycocotools): runs down the columns, every run from the
 fourth on written as its difference to the one two before, five bits to a character. Written anew in NumPy from that
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,30 +22,14 @@ MAX_RLE_PIXELS = 1 << 28
 _MAX_RUN_CHARACTERS = 7  # 35 bits hold any run of MAX_RLE_PIXELS with its sign
 
 
-def upsample_logits(logits: NDArray[np.float32], size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Bilinear interpolation, pixel centres at halves (`align_corners=False`), no antialiasing: as SAM 2 does it.
-
-    Args:
-        logits: float32 [N, h, w].
-        size_hw: of the source picture.
-
-    Returns:
-        float32 [N, H, W].
-    """
-    height, width = size_hw
-    resized = np.empty((len(logits), height, width), np.float32)
-    for coarse, fine in zip(logits, resized, strict=True):
-        fine[:] = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
-    return resized
-
-
 def masks_from_logits(logits: NDArray[np.float32], size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """Logits float32 [N, h, w] -> masks bool [N, H, W] in the source picture's size, one at a time to save memory."""
-    height, width = size_hw
-    masks = np.empty((len(logits), height, width), np.bool_)
-    for coarse, mask in zip(logits, masks, strict=True):
-        np.greater(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR), MASK_THRESHOLD, out=mask)
-    return masks
+    """Logits float32 [N, h, w] -> masks bool [N, H, W] in the source picture's size: where they lie above 0.
+
+    `upsampling` says how, to the bit; by the kernels' host build where there is one.
+    """
+    from segzero_rt.kernels.postprocess_masks import postprocess_masks  # which takes run lengths from here
+
+    return postprocess_masks(logits, size_hw, run_lengths=False).masks
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -57,6 +40,18 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """
     if mask.ndim != 2 or mask.dtype != np.bool_:
         raise ValueError(f"expected a mask as bool [height, width], got {mask.dtype} {mask.shape}")
+    from segzero_rt.kernels.backend import resolve_kernels
+
+    library = resolve_kernels().library
+    if library is None:
+        return encode_rle_reference(mask)
+    from segzero_rt.kernels.postprocess_masks_host import encode_on_host
+
+    return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": encode_on_host(library, mask)}
+
+
+def encode_rle_reference(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What `encode_rle` gives, in NumPy: the definition."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = np.concatenate([[0], changes, [flat.size]])

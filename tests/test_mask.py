@@ -1,10 +1,12 @@
-"""Masks: upsampling as PyTorch does it, COCO run lengths byte by byte, boxes, IoU. Ugly sizes throughout."""
+"""Masks: COCO run lengths byte by byte, boxes, IoU. Ugly sizes throughout."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from kernel_builds import BUILDS
 
+from segzero_rt.kernels.backend import KERNELS_VARIABLE
 from segzero_rt.mask import (
     MAX_RLE_PIXELS,
     decode_rle,
@@ -12,8 +14,15 @@ from segzero_rt.mask import (
     mask_iou,
     masks_from_logits,
     tight_boxes,
-    upsample_logits,
 )
+from segzero_rt.upsampling import upsample_logits
+
+
+@pytest.fixture(params=BUILDS, autouse=True)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds for every build of the kernels."""
+    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
+    return str(request.param)
 
 
 def picture(text: str) -> np.ndarray:
@@ -112,24 +121,6 @@ def test_only_masks_are_encoded(array: np.ndarray) -> None:
         encode_rle(array)
 
 
-UPSAMPLED = [(1, 1), (1, 9), (17, 3), (64, 64), (37, 21), (480, 641), (1081, 1)]
-
-
-@pytest.mark.parametrize("size_hw", UPSAMPLED, ids=str)
-@pytest.mark.parametrize("side", [1, 8, 64])
-def test_upsampling_is_torch_interpolate(size_hw: tuple[int, int], side: int) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
-    logits = np.random.default_rng(1).normal(0, 3, (2, side, side)).astype(np.float32)
-    theirs = torch.nn.functional.interpolate(torch.from_numpy(logits)[None], size=size_hw, mode="bilinear")[0].numpy()
-    np.testing.assert_allclose(upsample_logits(logits, size_hw), theirs, atol=1e-4)
-
-
-def test_upsampling_by_hand() -> None:
-    # Centres at halves: from 2 to 4 samples the weights are 1, 3/4, 1/4, 0.
-    row = upsample_logits(np.array([[[0.0, 4.0]]], np.float32), (1, 4))
-    np.testing.assert_allclose(row, [[[0.0, 1.0, 3.0, 4.0]]])
-
-
 def test_masks_are_upsampled_logits_above_zero() -> None:
     logits = np.random.default_rng(2).normal(0, 1, (3, 16, 16)).astype(np.float32)
     np.testing.assert_array_equal(masks_from_logits(logits, (33, 47)), upsample_logits(logits, (33, 47)) > 0)
@@ -137,7 +128,6 @@ def test_masks_are_upsampled_logits_above_zero() -> None:
 
 
 def test_no_masks_have_their_shapes() -> None:
-    assert upsample_logits(np.zeros((0, 8, 8), np.float32), (5, 6)).shape == (0, 5, 6)
     assert masks_from_logits(np.zeros((0, 8, 8), np.float32), (5, 6)).shape == (0, 5, 6)
     assert tight_boxes(np.zeros((0, 5, 6), bool)).shape == (0, 4)
 

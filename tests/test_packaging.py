@@ -14,6 +14,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
+_KERNEL_SOURCES = {".cu", ".cuh", ".hpp"}
+
 STALE = "left_by_an_earlier_build.py"
 
 
@@ -71,6 +73,14 @@ def test_the_launch_configurations_are_in_the_wheel(wheel: zipfile.ZipFile) -> N
     assert [path.name for path in files] == ["deepspeed_zero3.yaml", "fsdp.yaml", "fsdp_cpu.yaml"]
     for path in files:
         assert f"segzero_rt/training/accelerate/{path.name}" in names
+
+
+def test_the_kernels_sources_are_in_the_wheel_and_nothing_compiled(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    sources = {path.name for path in (REPOSITORY / "segzero_rt/kernels").iterdir() if path.suffix in _KERNEL_SOURCES}
+    assert {"parse_prompts.cu", "postprocess_masks.cu", "portable.cuh", "components.hpp"} <= sources
+    assert {f"segzero_rt/kernels/{name}" for name in sources} <= names
+    assert not any(name.endswith((".so", ".o", ".cubin", ".ptx", ".failed")) for name in names)
 
 
 def test_nothing_else_heavy_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:

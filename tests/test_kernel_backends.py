@@ -1,0 +1,153 @@
+"""Which build of the kernels is used, how it comes to be, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kernel_builds import NEEDS_COMPILER
+
+from segzero_rt.answer_format import VISION_REASONER
+from segzero_rt.answer_parser import parse_answer
+from segzero_rt.errors import BackendError
+from segzero_rt.kernels import backend
+from segzero_rt.kernels.backend import KERNELS_VARIABLE, resolve_kernels
+from segzero_rt.kernels.build import CACHE_VARIABLE, COMPILER_VARIABLE, HERE, host_library, library_path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test resolves for itself, and none sees what the environment forces."""
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    backend._resolved.cache_clear()
+    yield
+    backend._resolved.cache_clear()
+
+
+def _compiler(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_reference_is_always_there() -> None:
+    chosen = resolve_kernels("reference")
+    assert (str(chosen), chosen.library) == ("reference", None)
+
+
+@NEEDS_COMPILER
+def test_auto_takes_the_hosts_build_where_there_is_a_compiler() -> None:
+    chosen = resolve_kernels()
+    assert str(chosen) == "host" and chosen.library is not None
+    assert Path(chosen.detail).is_file()
+    assert HERE not in Path(chosen.detail).parents, "the package's folder is never written to"
+    assert resolve_kernels("auto").detail == resolve_kernels("host").detail
+
+
+def test_a_choice_can_be_forced_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, "reference")
+    assert str(resolve_kernels()) == "reference"
+
+
+@pytest.mark.parametrize("name", ["cuda", "Host", "gcc", "host "])
+def test_an_unknown_name_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="auto, reference, host"):
+        resolve_kernels(name)
+    monkeypatch.setenv(KERNELS_VARIABLE, name)
+    with pytest.raises(BackendError, match=KERNELS_VARIABLE):
+        resolve_kernels()
+
+
+def test_without_a_compiler_auto_is_the_reference_and_force_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPILER_VARIABLE, "no-such-compiler")
+    chosen = resolve_kernels()
+    assert str(chosen) == "reference" and COMPILER_VARIABLE in chosen.detail
+    with pytest.raises(BackendError, match="expected a C\\+\\+ compiler"):
+        resolve_kernels("host")
+    answer = parse_answer(
+        "<answer>[]</answer>", answer_format=VISION_REASONER, input_size_hw=(9, 9), source_size_hw=(9, 9)
+    )
+    assert answer.status.value == "none_found", "everything works without one"
+
+
+def test_a_compiler_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "asked"
+    script = f'echo x >> "{asked}"; echo "kernels.cu:1: error: no such header" >&2; exit 1'
+    monkeypatch.setenv(COMPILER_VARIABLE, str(_compiler(tmp_path / "cxx", script)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    for _ in range(2):
+        backend._resolved.cache_clear()
+        chosen = resolve_kernels()
+        assert str(chosen) == "reference" and "no such header" in chosen.detail
+    with pytest.raises(BackendError, match="no such header"):
+        resolve_kernels("host")
+    assert asked.read_text() == "x\n"
+    (failure,) = (tmp_path / "cache").iterdir()
+    assert str(failure) in chosen.detail, "it says what to remove to try again"
+
+
+def test_a_library_that_does_not_load_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'while [ "$1" != "-o" ]; do shift; done; echo "no library" > "$2"'
+    monkeypatch.setenv(COMPILER_VARIABLE, str(_compiler(tmp_path / "cxx", script)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert str(resolve_kernels()) == "reference"
+    with pytest.raises(BackendError, match="expected the compiled kernels to load"):
+        resolve_kernels("host")
+
+
+@NEEDS_COMPILER
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("in the way")
+    monkeypatch.setenv(CACHE_VARIABLE, str(blocker / "cache"))
+    assert CACHE_VARIABLE in resolve_kernels().detail
+    with pytest.raises(BackendError, match="cannot be written"):
+        resolve_kernels("host")
+
+
+def test_the_cache_tells_builds_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = library_path(str(_compiler(tmp_path / "one", "exit 0")))
+    assert one == library_path(str(tmp_path / "one"))
+    assert one != library_path(str(_compiler(tmp_path / "two", "exit 0"))), "another compiler"
+    monkeypatch.setattr("segzero_rt.kernels.build.FLAGS", ("-O0",))
+    assert one != library_path(str(tmp_path / "one")), "other flags"
+
+
+@NEEDS_COMPILER
+def test_a_build_is_made_once_and_by_any_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f'echo x >> "{tmp_path / "asked"}"; while [ "$1" != "-o" ]; do shift; done; echo built > "$2"'
+    compiler = _compiler(tmp_path / "cxx", script)
+    cache = tmp_path / "cache"
+    code = "from segzero_rt.kernels.build import host_library; print(host_library())"
+    environment = {**os.environ, COMPILER_VARIABLE: str(compiler), CACHE_VARIABLE: str(cache)}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    paths = {run.communicate(timeout=120)[0].strip() for run in runs}
+    assert len(paths) == 1 and [path.suffix for path in cache.iterdir()] == [".so"], "nothing half-made is left"
+    monkeypatch.setenv(COMPILER_VARIABLE, str(compiler))
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+    asked = (tmp_path / "asked").read_text()
+    assert str(host_library()) in paths
+    assert (tmp_path / "asked").read_text() == asked, "what is there is not built again"
+
+
+def test_importing_the_kernels_compiles_and_loads_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, segzero_rt.kernels, segzero_rt.kernels.backend; "
+        "print(sorted({'numpy', 'cv2', 'torch', 'pycuda'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]" and not (tmp_path / "cache").exists()
