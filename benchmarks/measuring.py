@@ -60,8 +60,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `<what>_<cores>cores_<date>.json` with an environment card; a second run on one day replaces the first."""
+def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS, *, variant: str = "") -> Path:
+    """Writes `<what>_<cores>cores_<date>.json` with an environment card; a second run on one day replaces the first.
+
+    With a `variant` that stands behind `what`, so that several can be kept.
+    """
     now = datetime.datetime.now(datetime.timezone.utc)
     command = " ".join(["python", "-m", f"benchmarks.{what}", *(_shown(part) for part in sys.argv[1:])])
     whole = {
@@ -73,7 +76,8 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS) ->
         **document,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{what}_{default_threads()}cores_{now:%Y%m%d}.json"
+    name = f"{what}_{variant}" if variant else what
+    path = folder / f"{name}_{default_threads()}cores_{now:%Y%m%d}.json"
     write_text(path, json.dumps(whole, indent=2, allow_nan=False) + "\n")
     return path
 

@@ -51,7 +51,7 @@ def random_segmenter(size: str, seed: int = 0) -> Sam2Model:
 
 def measure(size: str, flavour: str) -> dict[str, Any]:
     """Exports one size and gates it; raises ExportError where the gate refuses."""
-    from export.gate_segmenter import EXACT, gate_segmenter
+    from export.gate_segmenter import EXACT, gate_pixels, gate_segmenter
     from export.segmenter import export_mask_decoder, export_mask_prompt
     from export.segmenter_encoder import build_image_encoder
     from export.segmenter_specs import SegmenterFiles, segmenter_specs
@@ -65,7 +65,8 @@ def measure(size: str, flavour: str) -> dict[str, Any]:
         export_mask_decoder(model, paths["decoder"], storage="float32")
         export_mask_prompt(model, paths["mask_prompt"], storage="float32")
         exported = time.perf_counter()
-        gate = gate_segmenter(model, SegmenterFiles(**paths), pictures=(), noise=1, limits=EXACT)
+        pixels = gate_pixels(segmenter_specs(model).encoder, noise=1)
+        gate = gate_segmenter(model, SegmenterFiles(**paths), pixels=pixels, limits=EXACT)
         num_bytes = {name: path.stat().st_size for name, path in paths.items()}
     return {
         "size": size,

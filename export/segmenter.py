@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,22 @@ from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec
 from segzero_rt.manifest import SegmenterGraphs, SegmenterManifest
 
-from .gate_segmenter import EXACT, IMAGE_MEAN, IMAGE_STD, QUANTIZED, ROUNDED, gate_segmenter
+from .gate_segmenter import (
+    EXACT,
+    HALVED,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    QUANTIZED,
+    ROUNDED,
+    gate_pixels,
+    gate_segmenter,
+)
 from .graph_builder import STORAGES, float_storage
 from .onnx_weights import store_weights_fp16
 from .segmenter_checkpoint import load_checkpoint
 from .segmenter_encoder import build_image_encoder
 from .segmenter_graphs import MaskDecoderGraph, MaskPromptGraph
+from .segmenter_precision import COMPUTED, check_range, in_16_bits, largest_activations, rounding_twin
 from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 OPSET, IR_VERSION = 18, 8
@@ -68,6 +78,8 @@ def export_segmenter(
     config: str | None = None,
     storage: str = "float16",
     flavour: str = "ort",
+    computed: str = "float32",
+    float32_products: Sequence[str] = (),
     mask_prompts: bool = True,
     pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> SegmenterExport:
@@ -80,12 +92,21 @@ def export_segmenter(
         storage: "float16" (large weights rounded, arithmetic in float32), "float32", or "int8" (the encoder's products
             in int8, flavour "ort" alone; all else as "float16").
         flavour: of the encoder: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
+        computed: what the encoder's products compute in: "float32", or "float16" or "bfloat16" for GPUs, whatever
+            `storage` is; the decoder, which is small, stays in float32. See `segmenter_precision`.
+        float32_products: products of the encoder that stay in float32 all the same, as the gate names them.
         mask_prompts: with a graph that takes masks in, which makes sense where training gave masks.
         pictures: uint8 [H, W, 3] to gate on; noise is always tried too.
 
     Raises:
         ExportError: not such a checkpoint, a weight beyond fp16, or the graphs differ too much from it.
     """
+    if computed not in COMPUTED:
+        raise ExportError(f"expected an encoder computed in {', '.join(COMPUTED)}, got {computed!r}")
+    if storage == "int8" and computed != "float32":
+        raise ExportError(f"expected weights stored as floats for an encoder computed in {computed}, got int8")
+    if float32_products and computed == "float32":
+        raise ExportError("expected an encoder computed in 16 bits to keep products of it in float32, got float32")
     if storage not in STORAGES:
         raise ExportError(f"expected weights stored as {', '.join(STORAGES)}, got {storage!r}")
     model = load_checkpoint(checkpoint, config)
@@ -93,17 +114,48 @@ def export_segmenter(
     inside = {name: path for name, path in asdict(manifest.graphs).items() if path is not None}
     files = SegmenterFiles(**{name: out_dir / path for name, path in inside.items()})
     files.encoder.parent.mkdir(parents=True, exist_ok=True)
-    build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage=storage).save(files.encoder)
+    pixels = gate_pixels(segmenter_specs(model).encoder, pictures)
+    if computed == "float32":
+        build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage=storage).save(files.encoder)
+        gated, limits = files, {"float32": EXACT, "float16": ROUNDED, "int8": QUANTIZED}[storage]
+    else:
+        twin = _write_in_16_bits(model, files.encoder, pixels, flavour, computed, float32_products)
+        gated, limits = replace(files, encoder=twin), HALVED[computed]
     export_mask_decoder(model, files.decoder, storage=float_storage(storage))
     if files.mask_prompt:
         export_mask_prompt(model, files.mask_prompt, storage=float_storage(storage))
-    limits = {"float32": EXACT, "float16": ROUNDED, "int8": QUANTIZED}[storage]
-    gate = gate_segmenter(model, files, pictures=pictures, limits=limits)
+    gate = gate_segmenter(model, gated, pixels=pixels, limits=limits, optimized=gated is files)
+    if gated is not files:
+        gated.encoder.unlink()
     return SegmenterExport(
         files={path: out_dir / path for path in inside.values()},
         manifest=manifest,
-        gate=gate | {"storage": storage, "flavour": flavour},
+        gate=gate | {"storage": storage, "flavour": flavour, "computed": computed},
     )
+
+
+def _write_in_16_bits(
+    model: Sam2Model,
+    path: Path,
+    pixels: Sequence[NDArray[np.float32]],
+    flavour: str,
+    computed: str,
+    float32_products: Sequence[str],
+) -> Path:
+    """Writes the encoder, and beside it the twin to gate it by, whose path is returned.
+
+    Raises:
+        ExportError: an activation that float16 cannot hold; its layer is named.
+    """
+    exact = build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage="float32").model()
+    if computed == "float16":
+        for batch in pixels:
+            check_range(largest_activations(exact, {"pixel_values": batch}), float32_products)
+    twin = path.with_name("rounding_twin.onnx")
+    onnx.save(rounding_twin(exact, computed, float32_products=float32_products), str(twin))
+    onnx.save(in_16_bits(exact, computed, float32_products=float32_products), str(path))
+    onnx.checker.check_model(str(path))
+    return twin
 
 
 def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str) -> None:

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import Sam2Model
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec_segmenter import NUM_MASK_TOKENS
 
-from .segmenter_official import SUFFIXES, read_official
+from .edgetam import CONFIG_NAME as EDGETAM
+from .edgetam import edgetam_model
+from .segmenter_official import SUFFIXES, check_complete, put_in, read_official
 
 SAM2_TYPES = ("sam2", "sam2_video")
 """`model_type` of folders that `Sam2Model` reads; published ones are of the video model, which has more weights."""
+
+EDGETAM_TYPES = ("edgetam", "edgetam_video")
 
 _TABLES = ("shared_image_embedding.positional_embedding", "prompt_encoder.shared_embedding.positional_embedding")
 """One table under two names, of which a folder may have either."""
@@ -48,8 +55,11 @@ def load_checkpoint(path: Path, config: str | None = None) -> Sam2Model:
 
 def _from_folder(folder: Path) -> Sam2Model:
     model_type = _config(folder).get("model_type")
+    if model_type in EDGETAM_TYPES:
+        return _edgetam(folder)
     if model_type not in SAM2_TYPES:
-        raise ExportError(f"{folder}/config.json: expected model_type {' or '.join(SAM2_TYPES)}, got {model_type!r}")
+        known = " or ".join((*SAM2_TYPES, *EDGETAM_TYPES))
+        raise ExportError(f"{folder}/config.json: expected model_type {known}, got {model_type!r}")
     try:
         model, report = Sam2Model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -63,6 +73,28 @@ def _from_folder(folder: Path) -> Sam2Model:
     # transformers fills what is missing with random numbers and says so in a log line alone
     if missing := sorted(set(report["missing_keys"]) - set(_TABLES)):
         raise ExportError(f"{folder}: expected all weights of SAM 2, {len(missing)} are missing, first {missing[0]}")
+    return model
+
+
+def _edgetam(folder: Path) -> Sam2Model:
+    """EdgeTAM's folder, read without timm: its one published size alone."""
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{file}: expected safetensors: {error}; fetch it again") from error
+    with torch.device("meta"):
+        model = edgetam_model()
+    wanted = model.state_dict()
+    renamed = {key.replace(".backbone.timm_model.", ".backbone."): tensor.float() for key, tensor in state.items()}
+    present = next((renamed[name] for name in _TABLES if name in renamed), None)
+    if present is not None:
+        renamed |= dict.fromkeys(_TABLES, present)
+    # what tracking alone reads, and the classifier that timm leaves in its models, have no place in it
+    kept = {key: tensor for key, tensor in renamed.items() if key in wanted and not key.endswith("num_batches_tracked")}
+    check_complete(folder, EDGETAM, kept, model)
+    put_in(model, kept)
     return model
 
 

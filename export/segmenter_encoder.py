@@ -29,6 +29,8 @@ from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleBlock
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec
 
+from .edgetam import RepVit
+from .edgetam_graph import add_repvit
 from .graph_builder import GraphBuilder
 
 Indices = NDArray[np.int64]
@@ -46,6 +48,15 @@ def build_image_encoder(model: Sam2Model, spec: GraphSpec, *, flavour: str, stor
     """
     builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
     backbone = model.vision_encoder.backbone
+    stages = _repvit(builder, backbone) if isinstance(backbone, RepVit) else _hiera(builder, model)
+    with builder.scope("pyramid"):
+        _Pyramid(builder, model, stages).add()
+    return builder
+
+
+def _hiera(builder: GraphBuilder, model: Sam2Model) -> list[_Tokens]:
+    """The ends of Hiera's stages."""
+    backbone = model.vision_encoder.backbone
     tokens = _embed(builder, model)
     stages: list[_Tokens] = []
     for index, block in enumerate(backbone.blocks):
@@ -53,9 +64,20 @@ def build_image_encoder(model: Sam2Model, spec: GraphSpec, *, flavour: str, stor
             tokens = _Block(builder, block).add(tokens)
         if index in backbone.stage_ends:
             stages.append(tokens)
-    with builder.scope("pyramid"):
-        _Pyramid(builder, model, stages).add()
-    return builder
+    return stages
+
+
+def _repvit(builder: GraphBuilder, backbone: RepVit) -> list[_Tokens]:
+    """The ends of RepViT's stages, whose maps stand row by row."""
+    _, _, height, width = builder.spec.inputs[0].shape
+    assert isinstance(height, int) and isinstance(width, int), "the exporter knows every size"
+    stages: list[_Tokens] = []
+    for level, (planes, channels) in enumerate(zip(add_repvit(builder, backbone), backbone.widths, strict=True)):
+        size_hw = (height // (4 << level), width // (4 << level))
+        rows = builder.node("Transpose", [builder.reshape(planes, [0, channels, -1])], perm=[0, 2, 1])
+        name = builder.reshape(rows, [-1, channels])
+        stages.append(_Tokens(name=name, order=np.arange(size_hw[0] * size_hw[1]), size_hw=size_hw, width=channels))
+    return stages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of SAM 2's own package (`sam2_hiera_*.pt`, `sam2.1_hiera_*.pt`), as transformers' `Sam2Model`.
+"""Checkpoints of SAM 2's own package (`sam2_hiera_*.pt`, `sam2.1_hiera_*.pt`) and EdgeTAM's, as `Sam2Model`.
 
 The file is read with `weights_only=True`: it may come from anywhere, and a pickle could run code. Which published size
 it has is read from the shapes of its tensors; heads, windows and global attention follow from the size.
@@ -18,14 +18,16 @@ from transformers import Sam2Model
 
 from segzero_rt.errors import ExportError
 
-from .segmenter_sizes import CONFIG_NAMES, HIERA_SIZES, HieraSize, size_of_config
+from .edgetam import CONFIG_NAME as EDGETAM
+from .edgetam import edgetam_model, is_edgetam
+from .segmenter_sizes import CONFIG_NAMES, HIERA_SIZES, size_of_config
 
 SUFFIXES = (".pt", ".pth")
 
 _RENAMED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+        (r"^image_encoder\.trunk\.(body\.)?", "vision_encoder.backbone."),
         (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
         (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
         (r"^no_mem_embed$", "no_memory_embedding"),
@@ -78,13 +80,19 @@ def read_official(path: Path, config: str | None = None) -> tuple[Sam2Model, str
         ExportError: not such a file, of no published size, of another than `config`, or incomplete.
     """
     tensors = _read_tensors(path)
-    size, name = _recognise(path, tensors, config)
+    name = _recognise(path, tensors, config)
     with torch.device("meta"):  # the file's own tensors take the places: no second copy in memory
-        model = Sam2Model(size.config())
+        model = edgetam_model() if name == EDGETAM else Sam2Model(size_of_config(name).config())
     state = {key: tensor.float() for key, tensor in renamed(tensors, path.name).items()}
-    _check_complete(path, name, state, model)
-    model.load_state_dict(state, assign=True)
+    check_complete(path, name, state, model)
+    put_in(model, state)
     return model.eval(), name
+
+
+def put_in(model: Sam2Model, state: Mapping[str, Tensor]) -> None:
+    """Loads weights, all but the counters of batch norms, without copying them."""
+    counters = [name for name, _ in model.named_buffers() if name.endswith(".num_batches_tracked")]
+    model.load_state_dict({**state, **dict.fromkeys(counters, torch.tensor(0))}, assign=True)
 
 
 def renamed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
@@ -96,7 +104,7 @@ def renamed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     points: dict[int, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_VIDEO_ONLY):
+        if key.startswith(_VIDEO_ONLY) or key.endswith(".num_batches_tracked"):  # that one counts training steps
             continue
         if point := _POINT.match(key):
             points[int(point[1])] = tensor
@@ -130,8 +138,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _recognise(path: Path, tensors: Mapping[str, Tensor], config: str | None) -> tuple[HieraSize, str]:
-    """The size that the shapes have and its configuration's name."""
+def _recognise(path: Path, tensors: Mapping[str, Tensor], config: str | None) -> str:
+    """The name of the configuration whose shapes these are."""
+    if is_edgetam(tensors):
+        if config not in (None, EDGETAM, f"{EDGETAM}.yaml"):
+            raise ExportError(f"{path}: expected {config}, got EdgeTAM; leave --segmenter-config out")
+        return EDGETAM
     patches = tensors.get("image_encoder.trunk.patch_embed.proj.weight")
     if patches is None:
         raise ExportError(
@@ -146,14 +158,20 @@ def _recognise(path: Path, tensors: Mapping[str, Tensor], config: str | None) ->
         sizes = ", ".join(f"{one.name} ({one.width}, {sum(one.blocks)})" for one in HIERA_SIZES)
         raise ExportError(f"{path}: expected a published size, by channels and blocks {sizes}; it has {found}")
     name = f"{release}_{size.name}"
-    if config is not None and (size_of_config(config) != size or not config.startswith(f"{release}_")):
+    if config is not None and size_of_config(config).name + release != size.name + config.partition("_")[0]:
         raise ExportError(f"{path}: expected {config}, got {found}, which is {name}; leave --segmenter-config out")
     assert name in CONFIG_NAMES
-    return size, name
+    return name
 
 
-def _check_complete(path: Path, name: str, state: Mapping[str, Tensor], model: Sam2Model) -> None:
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+def check_complete(path: Path, name: str, state: Mapping[str, Tensor], model: Sam2Model) -> None:
+    """Refuses weights that are not exactly the model's.
+
+    Raises:
+        ExportError: names the first that is missing, unknown or of another shape.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    expected = {key: shape for key, shape in shapes.items() if not key.endswith(".num_batches_tracked")}
     missing = sorted(set(expected) - set(state))
     unknown = sorted(set(state) - set(expected))
     misshapen = sorted(key for key in set(state) & set(expected) if tuple(state[key].shape) != expected[key])

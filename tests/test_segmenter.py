@@ -20,7 +20,7 @@ from segzero_rt.segmenter import choose_masks
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
 
-from export.gate_segmenter import EXACT, gate_segmenter  # noqa: E402
+from export.gate_segmenter import EXACT, gate_pixels, gate_segmenter  # noqa: E402
 from export.onnx_weights import store_weights_fp16  # noqa: E402 - needs torch's absence to skip first
 from export.segmenter import IR_VERSION, OPSET, export_segmenter  # noqa: E402
 from export.segmenter_encoder import build_image_encoder, window_slots  # noqa: E402
@@ -266,7 +266,7 @@ def test_the_gate_notices_a_wrong_weight(exported: Exported, tmp_path: Path) -> 
     onnx.save(damaged, tmp_path / "damaged.onnx")
     with pytest.raises(ExportError, match="no bundle was written"):
         files = SegmenterFiles(encoder=exported.files.encoder, decoder=tmp_path / "damaged.onnx")
-        gate_segmenter(exported.model, files, pictures=(), limits=EXACT)
+        gate_segmenter(exported.model, files, pixels=gate_pixels(exported.graphs[0].spec), limits=EXACT)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_the_gate_sees_a_nan_behind_a_number(exported: Exported, monkeypatch: py
 
     monkeypatch.setattr(Graph, "run", spoiled)
     with pytest.raises(ExportError, match="max_score_error nan"):
-        gate_segmenter(exported.model, exported.files, pictures=[], limits=EXACT)
+        gate_segmenter(exported.model, exported.files, pixels=gate_pixels(exported.graphs[0].spec), limits=EXACT)
 
 
 @pytest.mark.slow
