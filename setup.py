@@ -30,7 +30,8 @@ CPU = ["onnxruntime>=1.23"]
 # transformers 5 renamed the Qwen2.5-VL and SAM 2 classes that the exporters load weights from.
 TORCH = ["torch>=2.6", "transformers>=5.0", "safetensors>=0.4", "tokenizers>=0.20"]
 # torch.onnx.export(dynamo=True) writes through onnxscript.
-EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23"]
+# ml_dtypes: NumPy has no bfloat16. PEFT, which `--adapter` is compared with, is left to those who have adapters.
+EXPORT = [*TORCH, "onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.23", "ml_dtypes>=0.5"]
 # pyarrow and pycocotools read published data sets: `segzero train prepare` as well as the evaluation.
 EVAL = ["pyarrow>=15", "pycocotools>=2.0.7"]
 # scikit-image: real photographic texture for the segmenter's training pictures; installed, never committed.

@@ -4,7 +4,8 @@
 
 POLICY is a checkpoint folder, such as `benchmarks.random_policy` writes. Each storage is exported by `segzero export`
 in a process of its own, whose peak resident memory (VmHWM, mapped files included) is read while it runs; the segmenter
-comes from the embedded bundle. What a kept bundle answers with: `python -m benchmarks.large_answer`.
+comes from the embedded bundle. Where an export was killed before, this one goes on from what is there (`found_bytes`),
+and time and peak are those of the rest. What a kept bundle answers with: `python -m benchmarks.large_answer`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def export(arguments: argparse.Namespace, storage: str, checkpoint_bytes: int) -
         *("--base", str(ROOT / "segzero_rt" / "bundles" / "tabletop"), "--out", str(bundle), "--storage", storage),
         *("--no-trial", "--overwrite", "--json"),
     ]
+    unfinished = bundle.with_name(f".{bundle.name}.export")
+    found = sum(path.stat().st_size for path in unfinished.rglob("*") if path.is_file())
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         peak = 0
@@ -58,6 +61,7 @@ def export(arguments: argparse.Namespace, storage: str, checkpoint_bytes: int) -
     report = json.loads(output.splitlines()[-1])
     figures = {
         "seconds": time.perf_counter() - started,
+        "found_bytes": found,
         "peak_bytes": peak,
         "peak_share_of_checkpoint": peak / checkpoint_bytes,
         "bundle_bytes": report["num_bytes"],

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from segzero_rt.answer_format import FORMATS
 from segzero_rt.chat import Chat
 from segzero_rt.errors import ExportError
-from segzero_rt.graph import Graph
 from segzero_rt.manifest import PolicyManifest
 from segzero_rt.policy import Policy
 
@@ -25,6 +24,7 @@ from .layerwise import LayerwiseGraph
 from .policy_checkpoint import PolicyCheckpoint
 
 if TYPE_CHECKING:
+    from segzero_rt.graph import Graph
     from segzero_rt.positions import PictureSpan
 
     from .policy_graphs import PolicyGraphWriter
@@ -141,12 +141,12 @@ def _policy(
     small = replace(
         manifest, input_size_hw=cast("tuple[int, int]", small_hw), max_length=min(manifest.max_length, 1024)
     )
-    embedding = Graph.load(folder / "embedding.onnx", graphs.builders["embedding"].spec, backend="cpu")
+    embedding = LayerwiseGraph(folder / "embedding.onnx", graphs.builders["embedding"])  # not held while layers run
     policy = Policy(
         small,
         Chat(folder / "tokenizer.json"),
         vision=cast("Graph", towers["vision"]),
-        embedding=embedding,
+        embedding=cast("Graph", embedding),
         decoder=cast("Graph", towers["decoder"]),
         answer_format=FORMATS[answer_format],
     )

@@ -89,7 +89,7 @@ class LayerwiseGraph:
         model.ir_version = self._model.ir_version
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = 0
+        options.enable_cpu_mem_arena = False  # it would keep what a part has taken until the next has taken its own
         if not part.nodes[-1].output[0].startswith(("layers.", "blocks.")):
             # The output layer as it lies: folding its Cast and packing it would take its size three times over.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
