@@ -20,6 +20,7 @@ from .gate_layers import gate_policy_layers
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
+from .static_int8 import make_decoder_static
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -114,6 +115,16 @@ def export_policy(
     if gate_layers or (gate_layers is None and checkpoint.num_parameters > LAYERS_FROM_PARAMETERS):
         gate = gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
     else:
+        if storage == "int8":  # with ranges of its own, so that guessed tokens change no numbers
+            make_decoder_static(
+                checkpoint,
+                manifest,
+                folder,
+                answer_format=answer_format,
+                pictures=gate_pictures or plain_pictures(),
+                questions=gate_questions,
+                max_new_tokens=min(max_new_tokens, 64),
+            )
         policy = Policy.from_files(
             manifest,
             {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")},
