@@ -57,6 +57,10 @@ class Backend:
         """Where the graph's memory is: "cpu" or "cuda"."""
         return "cpu" if self.name == "cpu" else "cuda"
 
+    def load_engine(self, path: Path, spec: GraphSpec) -> Graph | None:
+        """The graph at `path` as an engine of this backend; None where ONNX Runtime loads the file itself."""
+        return None
+
     def __str__(self) -> str:
         return self.name
 
@@ -121,6 +125,8 @@ class Graph:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise BackendError(f"expected 1 to {MAX_THREADS} threads, got {threads}")
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        if (engine := resolved.load_engine(path, spec)) is not None:
+            return engine
         runtime = _onnxruntime()
         check_external_data(path)
         try:

@@ -21,6 +21,7 @@ from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.answer_format import FORMATS, AnswerFormat
 from segzero_rt.answer_parser import parse_answer
 from segzero_rt.bundle import Bundle
+from segzero_rt.engines.record import TARGETS
 from segzero_rt.errors import PromptError, QuestionError
 from segzero_rt.graph import Backend, Stop, default_threads, resolve_backend
 from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
@@ -58,23 +59,27 @@ class SegZero:
         *,
         backend: str | Backend = "auto",
         threads: int | None = None,
+        allow_ungated: bool = False,
         draft_tokens: int | None = None,
     ) -> SegZero:
         """Opens a bundle, checks it and loads its graphs.
 
         Args:
             bundle: an opened bundle, a folder, or None for the embedded `tabletop`.
-            backend: "auto", "cpu", "cuda", ...; a forced backend that is not there is an error.
+            backend: "auto", "cpu", "cuda", ...; a forced backend that is not there is an error. "tensorrt" and
+                "tensorrt-rtx" run the engines that `segzero build` put into the bundle.
             threads: CPU threads of each graph; the cores of this process by default.
+            allow_ungated: take engines that were never compared with their reference.
             draft_tokens: guesses that the policy checks in one run, 0 for none; see `Policy.load`.
 
         Raises:
             BundleError: not a bundle, or damaged.
             BackendError: the backend is not installed.
             GraphError: a graph differs from its spec.
+            EngineError: the bundle has no engine that may run here.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        resolved = _resolve(backend, opened, allow_ungated)
         policy = Policy.load(opened, backend=resolved, threads=threads, draft_tokens=draft_tokens)
         encoder = ImageEncoder.load(opened, backend=resolved, threads=threads)
         return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=threads))
@@ -265,6 +270,16 @@ class SegZero:
                 "total": _since(start),
             },
         )
+
+
+def _resolve(backend: str | Backend, bundle: Bundle, allow_ungated: bool) -> Backend:
+    if isinstance(backend, Backend):
+        return backend
+    if backend in TARGETS:
+        from segzero_rt.engines.graph import EngineBackend  # pycuda and a library that others have not installed
+
+        return EngineBackend.open(bundle, backend, allow_ungated=allow_ungated)
+    return resolve_backend(backend)
 
 
 def _since(start: float) -> float:

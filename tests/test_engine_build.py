@@ -248,7 +248,8 @@ def test_a_kill_in_mid_build_leaves_a_whole_bundle(bundle: Bundle) -> None:
     (bundle.root / "engines" / "left.part").write_bytes(b"half of an engine")
     result = subprocess.run(_command(bundle, "--json"), cwd=REPOSITORY, capture_output=True, text=True, check=True)
     document = json.loads(result.stdout)
-    assert [row["status"] for row in document["engines"]].count("kept") == 2 and len(document["engines"]) == 5
+    assert [row["status"] for row in document["engines"]].count("kept") == 2
+    assert len(document["engines"]) == len(bundle_specs(bundle.manifest))
     listed = {Path(engine.file).name for engine in Bundle.open(bundle.root).manifest.engines}
     assert {path.name for path in (bundle.root / "engines").iterdir()} == listed
 

@@ -79,6 +79,8 @@ def test_parts_add_up_and_follow_their_causes(bundle_path: Path) -> None:
     policy = bundle.manifest.policy
     by_hand = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * policy.max_length * 4
     assert parts["kv_cache_bytes"] == kv_cache_bytes(policy) == by_hand
+    half = dataclasses.replace(policy, cache_dtype="float16")
+    assert kv_cache_bytes(half) == by_hand // 2
     longer = dataclasses.replace(
         bundle,
         manifest=dataclasses.replace(

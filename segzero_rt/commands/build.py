@@ -14,8 +14,10 @@ from segzero_rt.commands.output import print_document, printable
 from segzero_rt.errors import EngineError
 
 if TYPE_CHECKING:  # `--help` must import neither numpy nor a backend
-    from segzero_rt.engines.builder import Progress, Refusal
-    from segzero_rt.engines.make import BuildReport
+    from segzero_rt.bundle import Bundle
+    from segzero_rt.engines.builder import BuildOptions, Progress, Refusal
+    from segzero_rt.engines.library import Library
+    from segzero_rt.engines.make import BuildReport, Gate
     from segzero_rt.engines.record import EngineRecord
 
 NAME = "build"
@@ -108,6 +110,7 @@ def execute(arguments: argparse.Namespace) -> int:
         gpu=gpus[0] if gpus else None,
         graphs=arguments.graph,
         force=arguments.force,
+        gate=_gate(bundle, library) if gpus else None,
         progress=_progress,
     )
     document = _document(report, str(library), time.perf_counter() - start_s)
@@ -123,7 +126,20 @@ def execute(arguments: argparse.Namespace) -> int:
     return 2
 
 
-def _options(arguments: argparse.Namespace) -> Any:
+def _gate(bundle: Bundle, library: Library) -> Gate | None:
+    """Runs each engine on the device that is here; without pycuda none can be run, which the record then says."""
+    from segzero_rt.device import Device
+    from segzero_rt.engines.graph import gate_on_device
+    from segzero_rt.errors import BackendError
+
+    try:
+        return gate_on_device(bundle, library, Device.open())
+    except BackendError as error:
+        print(f"build: engines are not gated: {error}", file=sys.stderr)
+        return None
+
+
+def _options(arguments: argparse.Namespace) -> BuildOptions:
     from segzero_rt.engines.builder import BuildOptions
 
     return BuildOptions(

@@ -13,12 +13,15 @@ if TYPE_CHECKING:  # the pipeline pulls in numpy and a backend: only when a comm
 
 
 def add_bundle_options(parser: argparse.ArgumentParser) -> None:
-    """`--bundle`, `--backend`, `--threads`."""
+    """`--bundle`, `--backend`, `--threads`, `--allow-ungated`."""
     parser.add_argument("--bundle", metavar="DIR", help="the bundle to run (default: the embedded `tabletop`)")
     parser.add_argument(
-        "--backend", default="auto", metavar="NAME", help="cpu, cuda, ...; a backend that is not there is an error"
+        "--backend", default="auto", metavar="NAME", help="cpu, cuda, tensorrt, ...; one that is not there is an error"
     )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="CPU threads (default: the cores)")
+    parser.add_argument(
+        "--allow-ungated", action="store_true", help="run engines that were never compared with their reference"
+    )
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,7 @@ def load_pipeline(arguments: argparse.Namespace) -> SegZero:
         arguments.bundle,
         backend=arguments.backend,
         threads=arguments.threads,
+        allow_ungated=arguments.allow_ungated,
         draft_tokens=getattr(arguments, "draft_tokens", None),  # `segment` has no policy to ask
     )
 

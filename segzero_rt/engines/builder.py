@@ -128,7 +128,7 @@ class ParsedGraph:
         kinds = self.library.module.LayerType
         every = (self._network.get_layer(index) for index in range(self._network.num_layers))
         computing = (layer for layer in every if layer.num_outputs and layer.type not in (kinds.CONSTANT, kinds.CAST))
-        return [(layer.name, _dtype(layer.get_output(0).dtype)) for layer in computing]
+        return [(layer.name, dtype_name(layer.get_output(0).dtype)) for layer in computing]
 
     def float32_islands(self) -> list[str]:
         """Names of the layers that stay in float32 where others compute in 16 bits or fewer; else empty."""
@@ -317,7 +317,7 @@ def _run_stoppably(build: Callable[[], Any], monitor: Any) -> Any:
 
 
 def _tensor(tensor: Any) -> tuple[str, str, list[object]]:
-    return str(tensor.name), _dtype(tensor.dtype), list(tensor.shape)
+    return str(tensor.name), dtype_name(tensor.dtype), list(tensor.shape)
 
 
 def _named(tensors: list[tuple[str, str, list[object]]]) -> list[tuple[str, str, list[object]]]:
@@ -325,7 +325,8 @@ def _named(tensors: list[tuple[str, str, list[object]]]) -> list[tuple[str, str,
     return [(name, dtype, ["?" if length == -1 else length for length in shape]) for name, dtype, shape in tensors]
 
 
-def _dtype(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
+    """NumPy's name of the library's type, where it has one."""
     return _TYPES.get(dtype.name, str(dtype.name).lower())
 
 

@@ -58,11 +58,6 @@ class Library:
         return hasattr(self.module.ICudaEngine, "create_runtime_config")
 
     @property
-    def has_runtime_cache(self) -> bool:
-        """Keeps kernels that it compiled on the device from run to run: TensorRT-RTX."""
-        return hasattr(self.module, "IRuntimeConfig") and hasattr(self.module.IRuntimeConfig, "create_runtime_cache")
-
-    @property
     def tells_validity(self) -> bool:
         """Says of a file, before it is loaded, whether it would run on this device: TensorRT-RTX."""
         return hasattr(self.module.Runtime, "get_engine_validity")

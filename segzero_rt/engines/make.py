@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from segzero_rt.bundle import Bundle
 from segzero_rt.engines.builder import BuildOptions, ParsedGraph, Progress, Refusal, elapsed, parse_graph
 from segzero_rt.engines.library import Library
 from segzero_rt.engines.profiles import ProfileLimits, axis_lengths, bundle_specs, make_profiles
-from segzero_rt.engines.record import EngineRecord
+from segzero_rt.engines.record import EngineRecord, platform_name
 from segzero_rt.engines.store import building, graph_digest, record_engines, write_engine
 from segzero_rt.errors import EngineError
 from segzero_rt.manifest import GATE_NOT_RUN
@@ -92,7 +91,7 @@ def build_engines(
                 target=library.target,
                 library_version=library.version,
                 compute_capabilities=capabilities,
-                platform=f"{platform.system()}-{platform.machine()}".lower(),
+                platform=platform_name(),
                 options=options.recorded(),
                 profiles=make_profiles(spec, graph.declared_inputs(), lengths[name]),
                 precisions=graph.precisions(),

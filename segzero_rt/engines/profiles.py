@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from segzero_rt.engines.record import ProfileRecord, ShapeRange
 from segzero_rt.errors import EngineError
 from segzero_rt.graph_spec import GraphSpec
-from segzero_rt.graph_spec_segmenter import image_encoder_spec, mask_decoder_spec
+from segzero_rt.graph_spec_segmenter import image_encoder_spec, mask_decoder_spec, mask_prompt_spec
 from segzero_rt.kv_cache import ReturnedRowsCache
 from segzero_rt.manifest import Manifest, PolicyManifest
 from segzero_rt.policy import policy_specs
@@ -60,6 +60,9 @@ def bundle_specs(manifest: Manifest) -> dict[str, tuple[str, GraphSpec]]:
     specs[encoder.name] = (segmenter.graphs.encoder, encoder)
     decoder = mask_decoder_spec(mask_size_hw=mask_size_hw)
     specs[decoder.name] = (segmenter.graphs.decoder, decoder)
+    if segmenter.graphs.mask_prompt is not None:
+        prompt = mask_prompt_spec(mask_size_hw)
+        specs[prompt.name] = (segmenter.graphs.mask_prompt, prompt)
     return specs
 
 
@@ -86,6 +89,7 @@ def axis_lengths(manifest: Manifest, limits: ProfileLimits) -> dict[str, dict[st
         "decoder": decoder,
         "image_encoder": {"picture": {"batch": batch}},
         "mask_decoder": {"prompts": {"batch": batch, "objects": objects, "points": points}},
+        "mask_prompt": {"picture": {"batch": batch}},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,11 @@ TARGETS = ("tensorrt", "tensorrt-rtx")
 Shape = tuple[int, ...]
 ShapeRange = tuple[Shape, Shape, Shape]
 """Smallest, most usual and largest shape of an input."""
+
+
+def platform_name() -> str:
+    """Operating system and architecture of this machine, such as "linux-aarch64"."""
+    return f"{platform.system()}-{platform.machine()}".lower()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +59,7 @@ class EngineRecord:
     compute_capabilities: tuple[str, ...]
     """Devices that it was built for, such as "8.7"; empty where it serves every device that the library knows."""
     platform: str
-    """Operating system and architecture, such as "linux-aarch64"."""
+    """`platform_name` of where it was built."""
     options: Mapping[str, Any]
     """`BuildOptions` that differ from engine to engine."""
     profiles: tuple[ProfileRecord, ...]

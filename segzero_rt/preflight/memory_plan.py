@@ -101,8 +101,9 @@ def computed_bytes(summary: OnnxSummary) -> int:
 
 
 def kv_cache_bytes(policy: PolicyManifest) -> int:
-    """Keys and values of the whole context, float32."""
-    return 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * policy.max_length * FLOAT_BYTES
+    """Keys and values of the whole context."""
+    numbers = 2 * policy.num_layers * policy.num_kv_heads * policy.head_dim * policy.max_length
+    return numbers * (2 if policy.cache_dtype == "float16" else FLOAT_BYTES)
 
 
 def picture_tokens(policy: PolicyManifest) -> int:
