@@ -71,7 +71,7 @@ def test_the_gates_inputs_fit_the_graph_and_its_profiles(name: str, bundle: Bund
             shape = inputs[tensor].shape
             assert all(low <= n <= high for low, n, high in zip(least, shape, most, strict=True)), (tensor, shape)
         outputs = graph.run(inputs)
-        assert all(np.isfinite(output).all() and output.std() > 0 for output in outputs.values())
+        assert all(np.isfinite(output).all() and output.any() for output in outputs.values())
     passed = gate_engine(bundle, name, planned, graph)
     assert passed["status"] == "passed" and passed["relative_error"] == 0.0 and passed["limit"] == FLOAT32_LIMIT
 
