@@ -55,14 +55,12 @@ class LayerwiseGraph:
     def run(self, inputs: Mapping[str, Array], *, stop: Stop | None = None) -> dict[str, Array]:
         """As `Graph.run`; `stop` is not looked at."""
         values: dict[str, Array] = dict(inputs)
+        self.hidden = {label: inputs[tensor] for tensor, label in self._cuts.items() if tensor in inputs}
         for part in self._parts:
             values.update(self._run_part(part, values))
             for tensor in part.outputs:
                 if tensor in self._cuts:
                     self.hidden[self._cuts[tensor]] = values[tensor]
-        for tensor, label in self._cuts.items():
-            if tensor in inputs:
-                self.hidden[label] = inputs[tensor]
         return {name: values[name] for name in self.spec.output_names}
 
     def empty(self, shape: tuple[int, ...], dtype: str = "float32") -> Array:

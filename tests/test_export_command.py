@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,18 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         (("--base", str(EMBEDDED)), "nothing to export"),
         (("--base", str(EMBEDDED), "--segmenter", "gone"), "--segmenter gone: expected a folder"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--max-length", "9"), "expected --policy"),
+        (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--adapter", "a"), "--policy with --adapter"),
+        (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--float32-product", "a/b"), "--policy with"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--adapter", "gone"), "adapter_config.json in gone"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--computed", "float16"), "flavour portable"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--float32-product", "a/b"), "as vision/"),
         (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--segmenter-config", "x"), "expected --segmenter with"),
         (("--base", str(EMBEDDED), "--segmenter", "gone.pt"), "--segmenter gone.pt: .* no such file"),
         (("--base", str(EMBEDDED), "--segmenter", __file__), "expected a folder .* or a sam2"),
+        (
+            ("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--segmenter-computed", "bfloat16"),
+            "expected --no-trial",
+        ),
     ],
     ids=[
         "gone",
@@ -82,6 +92,7 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         "no segmenter beside its size",
         "gone file",
         "another kind of file",
+        "bfloat16 tried on a CPU",
     ],
 )
 def test_what_cannot_be_exported_writes_nothing(
@@ -123,6 +134,37 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     arguments = ["tabletop", "--policy", policy, "--segmenter", segmenter, "--out", str(tmp_path / out)]
     with pytest.raises(SegZeroError, match=expected):
         command.execute(make_parser(command).parse_args(arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [(None, False), ("ExportError", False), ("DiskFullError", True), ("KeyboardInterrupt", True)],
+    ids=["done", "refused", "full disk", "stopped"],
+)
+def test_the_work_on_a_large_policy_stays_when_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str | None, stays: bool
+) -> None:
+    pytest.importorskip("onnx", reason="what is written needs it")
+    from export.weight_store import DiskFullError
+
+    errors = {"ExportError": ExportError, "DiskFullError": DiskFullError, "KeyboardInterrupt": KeyboardInterrupt}
+    monkeypatch.setattr(command, "RESUMABLE_FROM_BYTES", 1)
+    caught = pytest.raises(errors[error]) if error else nullcontext()
+    with caught, command.workplace(tmp_path / "bundle", PUBLISHED) as work:
+        (work / "policy").mkdir()
+        if error:
+            raise errors[error]("stopped")
+    assert work == tmp_path / ".bundle.export"
+    assert work.exists() is stays
+    with command.workplace(tmp_path / "bundle", PUBLISHED) as again:
+        assert again == work
+        assert (again / "policy").exists() is stays
+
+
+def test_the_work_on_a_small_policy_is_done_elsewhere(tmp_path: Path) -> None:
+    with command.workplace(tmp_path / "bundle", PUBLISHED) as work:
+        assert tmp_path not in work.parents
+    assert not work.exists()
 
 
 def test_presets_are_whole_configurations() -> None:
