@@ -55,13 +55,13 @@ lint: .venv-test/stamp
 	else echo "no Python 3.10 found: the JetPack 6 test will be skipped"; fi
 	touch $@
 
-# SAM 2's own package, which the exported graphs are compared with: a folder of its own, since it brings a top-level
+# SAM 2's own package and timm, which exported graphs are compared with: a folder of their own, since one has a top-level
 # `training`, and without its dependencies, of which torchvision has no CPU build that imports beside this torch.
 .venv-sam2/stamp: .venv-test/stamp
 	rm -rf .venv-sam2
 	SAM2_BUILD_CUDA=0 .venv-test/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --no-build-isolation --target .venv-sam2 sam2==1.1.0 hydra-core omegaconf antlr4-python3-runtime==4.9.3 \
-	  iopath portalocker
+	  iopath portalocker timm
 	touch $@
 
 clean:

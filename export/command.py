@@ -25,7 +25,7 @@ from segzero_rt.errors import ExportError
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
-from .precisions import COMPUTED, POLICY_STORAGES
+from .precisions import COMPUTED, ENCODER_COMPUTED, POLICY_STORAGES
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport
@@ -66,6 +66,8 @@ class Preset:
     decoder in 4 bits and all else as "int8"."""
     computed: str = "float32"
     """What a portable policy's graphs are computed in."""
+    mask_prompts: bool = True
+    """The segmenter learnt to take masks in as prompts."""
 
     def __post_init__(self) -> None:
         if self.answer_format not in FORMATS or self.resampler not in RESAMPLERS:
@@ -81,6 +83,7 @@ def tabletop() -> Preset:
         answer_format="vision_reasoner",
         max_length=1024,
         max_new_tokens=192,
+        mask_prompts=False,
     )
 
 
@@ -117,12 +120,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", type=Path, metavar="DIR", help="config.json, *.safetensors, tokenizer.json")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter of PEFT to merge into the policy")
     parser.add_argument(
-        "--segmenter", type=Path, metavar="PATH", help="SAM 2: a sam2*.pt, or a folder of config.json and *.safetensors"
+        "--segmenter",
+        type=Path,
+        metavar="PATH",
+        help="SAM 2 or EdgeTAM: a .pt, or a folder of config.json and *.safetensors",
     )
     parser.add_argument(
         "--segmenter-config",
         metavar="NAME",
         help="SAM 2's name of a .pt's size, as sam2.1_hiera_l (default: its shapes')",
+    )
+    parser.add_argument(
+        "--segmenter-computed",
+        choices=ENCODER_COMPUTED,
+        default="float32",
+        help="what the image encoder's products compute in: 16 bits are for GPUs, bfloat16 for them alone (float32)",
+    )
+    parser.add_argument(
+        "--segmenter-float32",
+        action="append",
+        default=[],
+        metavar="PRODUCT",
+        help="keep this product of the image encoder in float32 all the same, as its gate asks for it; may repeat",
     )
     parser.add_argument("--base", type=Path, metavar="BUNDLE", help="take the part that is not given from this bundle")
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="where the bundle is written")
@@ -177,6 +196,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --segmenter with --segmenter-config: what --base holds is taken as it is")
     if arguments.policy is None and (arguments.adapter or arguments.float32_product):
         raise ExportError("expected --policy with --adapter or --float32-product: --base is taken as it is")
+    if arguments.segmenter_computed == "bfloat16" and not arguments.no_trial:
+        raise ExportError("expected --no-trial with --segmenter-computed bfloat16: no CPU can run that encoder")
     if arguments.policy is None and arguments.max_length:
         raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
@@ -309,12 +330,16 @@ def _export_segmenter(
 ) -> SegmenterExport:
     export_segmenter = _imported("segmenter").export_segmenter
     _say(f"segmenter: {arguments.segmenter}")
+    in_16_bits = arguments.segmenter_computed != "float32"
     exported: SegmenterExport = export_segmenter(
         arguments.segmenter,
         work,
         config=arguments.segmenter_config,
-        storage=_SEGMENTER_STORAGE.get(preset.storage, preset.storage),
+        storage="float16" if in_16_bits else _SEGMENTER_STORAGE.get(preset.storage, preset.storage),
         flavour=preset.flavour,
+        computed=arguments.segmenter_computed,
+        float32_products=arguments.segmenter_float32,
+        mask_prompts=preset.mask_prompts,
         pictures=pictures,
     )
     return exported

@@ -8,3 +8,5 @@ POLICY_STORAGES = (*STORAGES, "bfloat16", "int4")
 QUANTIZED_STORAGES = ("int8", "int4")
 COMPUTED = ("float32", "float16")
 """ONNX Runtime has no products of bfloat16 on CPUs, so that no gate could try them; as storage it is fine."""
+ENCODER_COMPUTED = (*COMPUTED, "bfloat16")
+"""Of the segmenter's image encoder, whose gate runs a twin of it that rounds alike."""

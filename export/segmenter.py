@@ -32,10 +32,11 @@ from .gate_segmenter import (
 )
 from .graph_builder import STORAGES, float_storage
 from .onnx_weights import store_weights_fp16
+from .precisions import ENCODER_COMPUTED
 from .segmenter_checkpoint import load_checkpoint
 from .segmenter_encoder import build_image_encoder
 from .segmenter_graphs import MaskDecoderGraph, MaskPromptGraph
-from .segmenter_precision import COMPUTED, check_range, in_16_bits, largest_activations, rounding_twin
+from .segmenter_precision import check_range, in_16_bits, largest_activations, rounding_twin
 from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 OPSET, IR_VERSION = 18, 8
@@ -101,8 +102,8 @@ def export_segmenter(
     Raises:
         ExportError: not such a checkpoint, a weight beyond fp16, or the graphs differ too much from it.
     """
-    if computed not in COMPUTED:
-        raise ExportError(f"expected an encoder computed in {', '.join(COMPUTED)}, got {computed!r}")
+    if computed not in ENCODER_COMPUTED:
+        raise ExportError(f"expected an encoder computed in {', '.join(ENCODER_COMPUTED)}, got {computed!r}")
     if storage == "int8" and computed != "float32":
         raise ExportError(f"expected weights stored as floats for an encoder computed in {computed}, got int8")
     if float32_products and computed == "float32":

@@ -26,8 +26,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from segzero_rt.errors import ExportError
 
-COMPUTED = ("float32", "float16", "bfloat16")
-"""What an image encoder's products may be computed in."""
 LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 _ELEMENTS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
