@@ -22,11 +22,13 @@ from segzero_rt.errors import DatasetError, SegZeroError
 from segzero_rt.image import load_image
 from segzero_rt.preprocess import Preprocessor
 from training.experiments import evaluate, retention
+from training.experiments.design import EMPTY_THINKING
 from training.experiments.intervals import difference, mean_interval
 from training.experiments.live_policy import Asked, LivePolicy
-from training.experiments.measures import Score, read_scores, score_rows, summary, write_scores
+from training.experiments.measures import Score, read_scores, score_reply, score_rows, summary, write_scores
 from training.experiments.retention import compare_retention, retention_questions, score_retention
 from training.experiments.shared_rows import split_rows, split_scenes
+from training.experiments.supervised import label_text
 from training.grpo_data import as_parts
 from training.grpo_presets import debug
 from training.policy_model import IMAGE_MEAN, IMAGE_STD
@@ -93,6 +95,26 @@ def test_rows_are_scored_one_by_one_and_kept(policy: LivePolicy, tmp_path: Path)
     (tmp_path / "scores.jsonl").write_text('{"item": 1}\n')
     with pytest.raises(SegZeroError, match="measure again"):
         read_scores(tmp_path / "scores.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reply", "start", "value", "parsed", "thinks"),
+    [
+        pytest.param("{answer}", EMPTY_THINKING, 1.0, True, False, id="answers at once"),
+        pytest.param(
+            " the cup. </think>\n<answer>{answer}", EMPTY_THINKING, 0.0, False, False, id="thinks all the same"
+        ),
+        pytest.param("<think> the cup. </think>\n<answer>{answer}", "", 1.0, True, True, id="may think"),
+    ],
+)
+def test_thinking_in_an_answer_counts_nothing_where_none_is_wanted(
+    policy: LivePolicy, tmp_path: Path, reply: str, start: str, value: float, parsed: bool, thinks: bool
+) -> None:
+    row = make_rows(tmp_path, 1)[0]
+    whole = start + reply.format(answer=label_text(row, VISION_REASONER, EMPTY_THINKING))
+    score = score_reply(policy, row, whole, start)
+    assert (score.value, score.parsed, score.thinking_tokens > 0) == (value, parsed, thinks)
+    assert score.reply == whole, "what was said is kept"
 
 
 def scored(*values: float, pictures: str = "", kind: str = "name") -> list[Score]:
