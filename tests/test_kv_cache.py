@@ -90,6 +90,29 @@ def test_steps_equal_a_prefill(decoder: Graph, checkpoint: PolicyCheckpoint) -> 
     np.testing.assert_allclose(np.concatenate(got, axis=1), at_once(decoder, checkpoint, tokens)[:, 10:], atol=2e-4)
 
 
+def test_steps_of_several_tokens_equal_a_prefill(decoder: Graph, checkpoint: PolicyCheckpoint) -> None:
+    """Of several widths in turn, over rows that were written, taken back and written anew, with runs between."""
+    tokens, wrong = embeds(), embeds(seed=7)
+    cache = new_cache(decoder, checkpoint, capacity=LENGTH)
+    cache.extend(tokens[:, :10], np.zeros((1, 0), np.int64))
+    got, place = [], 10
+    for width, kept in ((3, 2), (3, 3), (1, 1), (6, 1), (3, 1), (1, 1), (6, 6), (2, 0), (6, 5), (4, 4), (6, 6)):
+        cache.step_embeds(width)[:] = wrong[:, place : place + width]
+        cache.step_embeds(width)[:, :kept] = tokens[:, place : place + kept]
+        got.append(cache.step(width)[:, :kept].copy())
+        place += kept
+        cache.truncate(place)
+        if width == 1:  # a run of as many tokens that is no step
+            cache.extend(wrong[:, :1], np.zeros((1, 1), np.int64))
+            cache.truncate(place)
+    assert place == LENGTH
+    np.testing.assert_allclose(np.concatenate(got, axis=1), at_once(decoder, checkpoint, tokens)[:, 10:], atol=2e-4)
+    with pytest.raises(ValueError, match="at most 40"):
+        cache.step(1)
+    with pytest.raises(ValueError, match="steps of one token for a batch of 3"):
+        new_cache(decoder, checkpoint, batch=3).step(2)
+
+
 def test_logits_are_of_the_rows_asked_for(decoder: Graph, checkpoint: PolicyCheckpoint) -> None:
     tokens = embeds()
     rows = np.array([[39, 0, 7, 7]])
