@@ -122,7 +122,7 @@ def gate_segmenter(
         ExportError: a figure is beyond its limit.
     """
     specs = segmenter_specs(model)
-    encoder = Graph.load(files.encoder, specs.encoder, backend="cpu") if optimized else _AsWritten(files.encoder)
+    encoder = Graph.load(files.encoder, specs.encoder, backend="cpu") if optimized else AsWritten(files.encoder)
     decoder = Graph.load(files.decoder, specs.decoder, backend="cpu")
     masks = Graph.load(files.mask_prompt, specs.mask_prompt, backend="cpu") if files.mask_prompt else None
     rng = np.random.default_rng(0)
@@ -223,7 +223,7 @@ def _check(record: dict[str, Any], limits: SegmenterGateLimits) -> None:
         )
 
 
-class _AsWritten:
+class AsWritten:
     """A graph that ONNX Runtime runs node by node."""
 
     def __init__(self, path: Path) -> None:
