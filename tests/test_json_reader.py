@@ -256,7 +256,7 @@ def test_tolerant_reader_reads_strict_json_as_the_strict_one_does() -> None:
     "text", ["[" * 10**6, '["' + '"' * 10**6, "[" + " " * 10**6, "[1, " * 250_000, '{"a":"' * 10**5]
 )
 def test_time_is_linear(text: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     read_json(text)
     read_tolerant(text, 0, may_end=True)
-    assert time.perf_counter() - begin < 10, "1 MB takes about a second; far more means a scan that goes back"
+    assert time.process_time() - begin < 10, "1 MB takes about a second; far more means a scan that goes back"

@@ -360,7 +360,7 @@ def test_threads_do_not_share_memory(host: Kernels) -> None:
 def test_time_is_linear(unit: str, host: Kernels) -> None:
     reply = b"<answer>[" + (unit * (2_000_000 // len(unit))).encode()
     for mode in MODES:
-        begin = time.perf_counter()
+        begin = time.process_time()
         parse_prompts([reply], **SQUARE, mode=mode, kernels=host)
         # Two megabytes take milliseconds; anything quadratic would take minutes.
-        assert time.perf_counter() - begin < 5, mode
+        assert time.process_time() - begin < 5, mode
