@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_cache import make_cache, make_tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from segzero_rt.answer_format import FORMATS
+from segzero_rt.answer_format import FORMATS, THINK_OPEN
 from segzero_rt.cli import main
 from training import pretrain
 from training.grounding_data import EVERYTHING, IGNORED, LONG, PLAIN, SHORT, Batch, GroundingData
@@ -96,12 +96,22 @@ def segments(data: GroundingData) -> list[Segment]:
 
 
 def grounded(segments: list[Segment]) -> list[Segment]:
-    return [one for one in segments if one.prompt.startswith("Please find")]
+    return [one for one in segments if one.prompt.startswith("Please find") and one.answer != THINK_OPEN]
+
+
+def asks_for_knowledge(prompt: str) -> bool:
+    question = prompt.split('" with bbox')[0].split("' with bbox")[0]
+    relation = question.replace("nearest to", "").replace("closest to", "").replace("next to", "")
+    said = (use for one in KNOWLEDGE.values() for use in (*one.uses, *one.consequences))
+    held_out = (use for one in KNOWLEDGE.values() for use in (one.held_out_use, one.held_out_consequence))
+    return any(use in question for use in (*said, *held_out)) or "what helps" in question or " to " in relation
 
 
 def test_the_answer_is_learnt_whole_or_from_behind_a_swapped_thinking(segments: list[Segment]) -> None:
     swapped = 0
     for one in segments:
+        if one.answer == THINK_OPEN:
+            continue
         assert one.answer.endswith("<|im_end|>")
         if one.learnt != one.answer:
             assert one.learnt.startswith("</think>") and one.answer.endswith(one.learnt) and len(one.boxes) == 1
@@ -126,19 +136,14 @@ def test_grounded_answers_are_in_the_format_that_was_asked_for(segments: list[Se
 
 def test_no_question_by_function_or_consequence_carries_a_box(segments: list[Segment]) -> None:
     """Connecting what a thing is for with where it lies is left to reinforcement."""
-    known = [
-        said
-        for one in KNOWLEDGE.values()
-        for said in (*one.uses, one.held_out_use, *one.consequences, one.held_out_consequence)
-    ]
     assert len(grounded(segments)) > 300
-    for one in grounded(segments):
-        question = one.prompt.split('" with bbox')[0].split("' with bbox")[0]
-        assert (
-            not any(said in question for said in known)
-            and "what helps" not in question
-            and " to " not in (question.replace("nearest to", "").replace("closest to", "").replace("next to", ""))
-        )
+    assert not any(asks_for_knowledge(one.prompt) for one in grounded(segments))
+
+
+def test_of_questions_left_to_reinforcement_only_the_opening_is_learnt(segments: list[Segment]) -> None:
+    openings = [one for one in segments if one.answer == THINK_OPEN]
+    assert openings and all(asks_for_knowledge(one.prompt) for one in openings)
+    assert all(one.learnt == THINK_OPEN and not one.boxes for one in openings)
 
 
 def test_plain_questions_have_short_answers_and_no_boxes(segments: list[Segment]) -> None:
@@ -147,11 +152,22 @@ def test_plain_questions_have_short_answers_and_no_boxes(segments: list[Segment]
 
 
 def test_world_knowledge_is_read_without_a_picture(data: GroundingData) -> None:
-    ids, labels, layout = data.knowledge_batch(np.random.default_rng(0), 16)
-    assert ids.shape == labels.shape == (16, layout.length) and layout.prefix_length == 0
+    ids, labels, layout = data.knowledge_batch(np.random.default_rng(0), 48)
+    assert ids.shape == labels.shape == (48, layout.length) and layout.prefix_length == 0
     assert not (ids == data.tokenizer.token_to_id("<|image_pad|>")).any()
     asked = {ask_about_world(np.random.default_rng(seed)) for seed in range(60)}
     assert any(answer.startswith("to ") for _, answer in asked) and {answer for _, answer in asked} & set(KNOWLEDGE)
+
+
+def test_what_is_thought_without_a_picture_ends_before_an_answer(data: GroundingData) -> None:
+    ids, labels, _ = data.knowledge_batch(np.random.default_rng(0), 48)
+    learnt = [data.tokenizer.decode(row[row != IGNORED].tolist(), skip_special_tokens=False) for row in labels]
+    prompts = [data.tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in ids]
+    thoughts = [said for said in learnt if said.startswith(THINK_OPEN)]
+    assert 12 < len(thoughts) < 36
+    assert all(re.fullmatch(rf"{THINK_OPEN} [A-Z].+ (made to|helps?).*\.", said) for said in thoughts), thoughts
+    for prompt, said in zip(prompts, learnt, strict=True):
+        assert ("Please find" in prompt) == said.startswith(THINK_OPEN), prompt
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

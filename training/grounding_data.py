@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from segzero_rt.answer_format import SEG_ZERO, SYSTEM_PROMPT, VISION_REASONER, AnswerFormat, AnswerObject
+from segzero_rt.answer_format import SEG_ZERO, SYSTEM_PROMPT, THINK_OPEN, VISION_REASONER, AnswerFormat, AnswerObject
 
 from .draws import pick
 from .object_kinds import COLOURS, KINDS
 from .phrases import article_name, where
 from .policy_model import GRID, INPUT_SIDE, Layout
-from .questions import ATTRIBUTE, NAME, NONE, RELATION, SEVERAL, Asker, Question
+from .questions import ATTRIBUTE, NAME, NONE, REASONING_KINDS, RELATION, SEVERAL, Asker, Question
 from .scene_cache import OWNER_GRID, CachedObject, SceneCache
 from .tokenizer import OBJECT_STARTS, control_id
-from .visual_questions import ask_about_picture, ask_about_world
+from .visual_questions import ask_about_picture, ask_about_world, think_about_world
 
 IGNORED = -100
 CELLS = GRID * GRID
@@ -35,6 +35,14 @@ SHORT, LONG, EVERYTHING, PLAIN = 80, 152, 310, 36
 
 SHORT_KINDS = (NAME, ATTRIBUTE, RELATION, NONE)
 SHORT_SHARES = (0.22, 0.23, 0.28, 0.27)
+
+THOUGHT_SHARE = 0.5
+"""Of the text-only questions, those that are answered by the first sentence of a thinking."""
+OPENING_SHARE = 0.08
+"""Of the short questions, those of the kinds left to reinforcement. Nothing is learnt of them but that thinking comes
+first: what the world knowledge says to their words is a bare name."""
+WORLD_SHARE = 0.4
+"""Of the short questions on a picture, those about what things are for: knowledge must be at hand beside a picture."""
 
 SINGLE_FORMAT_SHARE = 0.15
 """Share of questions asked in Seg-Zero's single-object format."""
@@ -145,7 +153,10 @@ class GroundingData:
 
     def knowledge_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Layout]:
         """Text-only questions about the world: token ids and labels [count, L], and their layout."""
-        segments = [self._plain(self.text_prefix, *ask_about_world(rng)) for _ in range(count)]
+        segments = [
+            self._thought(rng) if rng.random() < THOUGHT_SHARE else self._plain(self.text_prefix, *ask_about_world(rng))
+            for _ in range(count)
+        ]
         length = max(len(segment.token_ids) for segment in segments)
         ids, labels = zip(*(self._padded(segment, length) for segment in segments), strict=True)
         return torch.tensor(ids), torch.tensor(labels), Layout(prefix_length=0, image_start=0, groups=((1, length),))
@@ -233,7 +244,11 @@ class GroundingData:
 
     def _segment(self, rng: np.random.Generator, asker: Asker, things: list[CachedObject], length: int) -> _Segment:
         if length == PLAIN:
-            return self._plain([], *ask_about_picture(rng, things, SIZE_HW))
+            return self._short_answer(rng, things)
+        if length == SHORT and rng.random() < OPENING_SHARE:
+            question = asker.ask(pick(rng, REASONING_KINDS))
+            if question is not None:
+                return self._opening(question)
         for _ in range(20):
             question = self._question(rng, asker, length)
             if question is None:
@@ -251,6 +266,27 @@ class GroundingData:
         if length == LONG:
             return asker.ask(SEVERAL)
         return asker.ask(SHORT_KINDS[int(rng.choice(len(SHORT_KINDS), p=SHORT_SHARES))])
+
+    def _opening(self, question: Question) -> _Segment:
+        """A question whose box is not shown: that it is to be thought about is all there is to learn."""
+        prompt = self._encode(VISION_REASONER.user_prompt(question.text)) + self.turn
+        opening = self._encode(VISION_REASONER.assistant_text("", []))[:1]
+        return _Segment([*prompt, *opening], len(prompt), (), grounded=False)
+
+    def _thought(self, rng: np.random.Generator) -> _Segment:
+        """What is meant by a question that finds things, thought about without a picture to find them in."""
+        family = SEG_ZERO if rng.random() < SINGLE_FORMAT_SHARE else VISION_REASONER
+        question, thought = think_about_world(rng)
+        prompt = self.text_prefix + self._encode(family.user_prompt(question)) + self.turn
+        return _Segment([*prompt, *self._encode(f"{THINK_OPEN} {thought}")], len(prompt), (), grounded=False)
+
+    def _short_answer(self, rng: np.random.Generator, things: list[CachedObject]) -> _Segment:
+        """About the picture or, beside a picture that has no say in it, about the world."""
+        while rng.random() < WORLD_SHARE:
+            segment = self._plain([], *ask_about_world(rng))
+            if len(segment.token_ids) <= PLAIN:
+                return segment
+        return self._plain([], *ask_about_picture(rng, things, SIZE_HW))
 
     def _plain(self, before: list[int], question: str, answer: str) -> _Segment:
         prompt = before + self._encode(question) + self.turn

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .draws import pick
-from .knowledge import KNOWLEDGE
+from .knowledge import FUNCTION_WORDINGS, KNOWLEDGE
 from .object_kinds import KINDS, PAIR_NOUNS
-from .phrases import Thing, article_name, be, where, with_article
+from .phrases import Thing, article_name, be, helpful, made_to, where, with_article
+from .questions import EXTREMES
 from .scene_cache import CachedObject
 
 Pair = tuple[str, str]
@@ -24,6 +25,10 @@ KNOWLEDGE_QUESTIONS = (
     "What is the {kind} made for?",
     "{said}. What helps?",
 )
+WORDED_QUESTIONS = ('Please name "{text}".', "What is {text}?", 'Which thing is meant by "{text}"?', "{text}")
+"""The same knowledge in the words of the questions that find things; the answer is a name, never a box."""
+WORDED_SHARE = 0.6
+CONSEQUENCE_SHARE = 0.35
 
 
 def ask_about_picture(
@@ -98,6 +103,29 @@ def ask_about_world(rng: np.random.Generator) -> tuple[str, str]:
     known = KNOWLEDGE[kind]
     use = pick(rng, (*known.uses, known.held_out_use))
     said = pick(rng, (*known.consequences, known.held_out_consequence))
+    if rng.random() < WORDED_SHARE:
+        return pick(rng, WORDED_QUESTIONS).format(text=_worded(rng, use, said)), kind
     template = pick(rng, KNOWLEDGE_QUESTIONS)
     answer = f"to {use}" if "{kind}" in template else kind
     return template.format(use=use, kind=kind, said=said.capitalize()), answer
+
+
+def think_about_world(rng: np.random.Generator) -> Pair:
+    """(question that finds things, what comes to mind about it): the same knowledge, in a thinking's words."""
+    kind = pick(rng, list(KNOWLEDGE))
+    known = KNOWLEDGE[kind]
+    if rng.random() < CONSEQUENCE_SHARE:
+        said = pick(rng, (*known.consequences, known.held_out_consequence))
+        return f"{said}, what helps", f"{said.capitalize()}, so {helpful(kind)}."
+    use = pick(rng, (*known.uses, known.held_out_use))
+    return _use_worded(rng, use), made_to(kind, use)
+
+
+def _worded(rng: np.random.Generator, use: str, said: str) -> str:
+    """A use or a consequence as questions that find things say it."""
+    return f"{said}, what helps" if rng.random() < CONSEQUENCE_SHARE else _use_worded(rng, use)
+
+
+def _use_worded(rng: np.random.Generator, use: str) -> str:
+    wordings = [wording.format(use=use) for wording in FUNCTION_WORDINGS]
+    return pick(rng, (*wordings, *(f"the {extreme} thing to {use}" for extreme in EXTREMES)))
