@@ -109,6 +109,7 @@ def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_
     return {
         "machine": machine,
         "backends": _backends(),
+        "kernels": _kernels(problems),
         "parts": {name: all(map(_is_installed, modules)) for name, modules in _OPTIONAL_PARTS.items()},
         "bundle": bundle,
         "preflight": preflight,
@@ -116,6 +117,18 @@ def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_
         "problems": problems,
         "runs": not problems,
     }
+
+
+def _kernels(problems: list[str]) -> dict[str, str] | None:
+    """The build of the kernels that is used here and why; None beside a problem where a forced one cannot be had."""
+    from segzero_rt.kernels.backend import resolve_kernels
+
+    try:
+        chosen = resolve_kernels()
+    except SegZeroError as error:
+        problems.append(printable(str(error)))
+        return None
+    return {"name": chosen.name, "detail": printable(chosen.detail)}
 
 
 def _backends() -> dict[str, dict[str, Any]]:
@@ -234,6 +247,8 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(target, version) for target, version in machine["tensorrt"].items()]
     for name, backend in report["backends"].items():
         rows.append((f"backend {name}", f"{'yes' if backend['available'] else 'no'}: {backend['detail']}"))
+    if report["kernels"]:
+        rows.append(("kernels", f"{report['kernels']['name']}: {report['kernels']['detail']}"))
     rows.append(("extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report["parts"].items())))
     return rows
 
