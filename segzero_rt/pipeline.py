@@ -25,6 +25,7 @@ from segzero_rt.engines.record import TARGETS
 from segzero_rt.errors import PromptError, QuestionError
 from segzero_rt.graph import Backend, Stop, default_threads, resolve_backend
 from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
+from segzero_rt.kernels.backend import resolve_kernels
 from segzero_rt.mask import tight_boxes
 from segzero_rt.policy import Generation, Policy, View
 from segzero_rt.segmentation import Segmentation
@@ -74,12 +75,13 @@ class SegZero:
 
         Raises:
             BundleError: not a bundle, or damaged.
-            BackendError: the backend is not installed.
+            BackendError: the backend is not installed, or a forced build of the kernels cannot be had.
             GraphError: a graph differs from its spec.
             EngineError: the bundle has no engine that may run here.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         resolved = _resolve(backend, opened, allow_ungated)
+        resolve_kernels()  # now, not in the first question: it may compile, or say that a forced build is not there
         policy = Policy.load(opened, backend=resolved, threads=threads, draft_tokens=draft_tokens)
         encoder = ImageEncoder.load(opened, backend=resolved, threads=threads)
         return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=threads))
