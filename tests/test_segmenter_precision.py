@@ -130,7 +130,7 @@ REFUSED = [
     ("another precision", {"computed": "float8"}, "float32, float16, bfloat16"),
     ("int8 in 16 bits", {"computed": "float16", "storage": "int8"}, "stored as floats"),
     ("what float32 computes anyway", {"float32_products": ["blocks.0/fc1"]}, "computed in 16 bits"),
-    ("no such product", {"computed": "bfloat16", "float32_products": ["blocks.0/fc9"]}, "expected a product .* fc9"),
+    ("no such product", {"computed": "bfloat16", "float32_products": ["blocks.0/fc9"]}, "expected a product .*fc9"),
 ]
 
 
