@@ -418,7 +418,7 @@ def test_an_experiment_that_is_killed_goes_on(tmp_path: Path) -> None:
     first.communicate()
     paths = [workplace.job_folder(job) / "done.json" for job in finals if workplace.result(job)]
     kept = {path: path.stat().st_mtime_ns for path in paths}
-    second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False, env=environment, timeout=1200)
+    second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False, env=environment, timeout=3000)
     assert second.returncode == 0, second.stderr.decode()[-2000:]
     document = json.loads(second.stdout)
     assert len(document["claims"]) == len(CLAIMS) and document["policies"].keys() >= {
