@@ -156,16 +156,19 @@ def test_whole_processes(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_segmenters_mask_the_same(tiny: Path) -> None:
+def test_both_segmenters_mask_the_same() -> None:
+    """With trained weights: fresh ones make logits whose signs rounding decides."""
     from benchmarks.transformers_pipeline import TransformersPipeline
     from segzero_rt.answer import Prompt
+    from segzero_rt.bundle import EMBEDDED
     from segzero_rt.pipeline import SegZero
 
-    theirs = TransformersPipeline(tiny / "bundle", tiny / "policy", tiny / "segmenter", round_weights=True)
-    ours = SegZero.load(tiny / "bundle", backend="cpu", threads=1)
-    picture = draw_picture(1)
-    prompt = Prompt(box_xyxy=(100, 80, 300, 260), points_xy=((200, 170),))
+    checkpoints = ROOT / "training" / "checkpoints" / "tabletop"
+    theirs = TransformersPipeline(EMBEDDED, checkpoints / "policy", checkpoints / "segmenter", round_weights=True)
+    ours = SegZero.load(EMBEDDED, backend="cpu", threads=1)
+    picture = np.asarray(Image.open(ROOT / "docs" / "tabletop.png").convert("RGB"))
+    prompt = Prompt(box_xyxy=(210, 52, 322, 180), points_xy=((275, 100),))
     result = ours.segment(picture, [prompt])
     mask, score = theirs.segment(picture, list(prompt.box_xyxy), list(prompt.points_xy[0]))
-    assert mask.any() and mask_iou(result.masks[0], mask) > 0.98
-    assert float(result.scores[0]) == pytest.approx(score, abs=1e-3)
+    assert mask.sum() > 1000 and mask_iou(result.masks[0], mask) > 0.97, "the bundle's weights are int8"
+    assert float(result.scores[0]) == pytest.approx(score, abs=0.03)
