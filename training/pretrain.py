@@ -65,8 +65,10 @@ class PretrainPreset:
 def tabletop() -> PretrainPreset:
     """The recipe of the shipped policy, never yet run in one go.
 
-    The shipped weights had 328 steps of vision and 2,922 of everything, batches of 16, and the learning rate annealed
-    twice; rotary frequencies, read-outs and question shares changed on the way.
+    The shipped weights had 328 steps of vision and 3,572 of everything, batches of 16, and the learning rate annealed
+    four times; rotary frequencies, read-outs and question shares changed on the way. Uses in the words of questions
+    came with the last 650 steps, openings with the last 340, thoughts with the last 160; from the 650th on every step
+    read text-only questions.
     """
     return PretrainPreset(
         num_vision_steps=400, num_steps=9000, decay_steps=2500, vision_batch=48, batch=24, learning_rate=1.2e-3,
