@@ -304,15 +304,26 @@ def _monitor(library: Library, progress: Progress) -> Any:
 def _run_stoppably(build: Callable[[], Any], monitor: Any) -> Any:
     """Builds in a thread of its own: an exception raised inside the library's callbacks would be printed and lost."""
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(build()), name="engine-build")
-    thread.start()
+    finished = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(build())
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=run, name="engine-build")
     try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        thread.start()
+        # Not `join`: interrupted, Python 3.10 to 3.12 take the thread for ended (python/cpython#90882), and the library
+        # would call back into an interpreter that is gone.
+        while not finished.wait(_POLL_S):
+            pass
     except KeyboardInterrupt:
         monitor.stopped.set()
-        thread.join()
+        finished.wait()
         raise
+    thread.join()
     return results[0] if results else None
 
 
