@@ -59,6 +59,17 @@ def check_external_data(path: Path) -> None:
             )
 
 
+def graph_bytes(path: Path) -> int:
+    """Size of a graph with the files that hold its weights.
+
+    Raises:
+        GraphError: as `check_external_data`.
+    """
+    check_external_data(path)
+    beside = {entries.get("location", "") for entries in external_entries(path)}
+    return path.stat().st_size + sum((path.parent / location).stat().st_size for location in beside)
+
+
 def external_entries(path: Path) -> Iterator[dict[str, str]]:
     """For each tensor that is kept outside, the entries by which the graph names its place.
 

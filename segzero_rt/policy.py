@@ -21,6 +21,7 @@ from segzero_rt.chat import Chat, TextStream
 from segzero_rt.decoding import DecodeCounts, GreedyReply, TokenRuns, rows_are_independent
 from segzero_rt.drafting import Draft, Drafter
 from segzero_rt.errors import BackendError, BundleError, QuestionError
+from segzero_rt.external_data import graph_bytes
 from segzero_rt.graph import Backend, Graph, resolve_backend
 from segzero_rt.graph_spec import MASKED, GraphSpec, decoder_spec, embedding_spec, vision_spec
 from segzero_rt.kv_cache import CacheSizes, KVCache
@@ -180,9 +181,11 @@ class Policy:
                 "a newer segzero-rt may know it"
             )
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
+        # A small decoder's products are so short that waking a second thread costs more than it saves.
+        single = threads is None and graph_bytes(graphs["decoder"]) < SMALL_DECODER_BYTES
         loaded = {}
         for name, spec in policy_specs(manifest).items():
-            chosen = _threads(name, graphs["decoder"]) if threads is None else threads
+            chosen = 1 if single and name != "vision" else threads
             loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen)
         chat, form = Chat(tokenizer), FORMATS[answer_format]
         return cls(manifest, chat, answer_format=form, draft_tokens=draft_tokens, **loaded)
@@ -406,12 +409,6 @@ class _Clock:
         now = time.perf_counter()
         self.timings_ms[name] = (now - self._last) * 1e3
         self._last = now
-
-
-def _threads(name: str, decoder: Path) -> int | None:
-    """One for a small decoder: its products are so short that waking a second thread costs more than it saves."""
-    small = decoder.is_file() and decoder.stat().st_size < SMALL_DECODER_BYTES
-    return 1 if small and name != "vision" else None
 
 
 def _default_draft(decoder: Graph) -> int:

@@ -11,7 +11,7 @@ onnx = pytest.importorskip("onnx", reason="writes graphs")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - needs onnx's absence to skip first
 
 from segzero_rt.errors import GraphError  # noqa: E402
-from segzero_rt.external_data import check_external_data, external_entries  # noqa: E402
+from segzero_rt.external_data import check_external_data, external_entries, graph_bytes  # noqa: E402
 from segzero_rt.graph import Graph  # noqa: E402
 from segzero_rt.graph_spec import GraphSpec, TensorSpec  # noqa: E402
 
@@ -131,3 +131,11 @@ def test_bytes_that_are_no_graph_are_refused(tmp_path: Path, data: bytes) -> Non
     (tmp_path / "graph.onnx").write_bytes(data)
     with pytest.raises(GraphError, match=r"graph\.onnx"):
         Graph.load(tmp_path / "graph.onnx", SPEC, backend="cpu", threads=1)
+
+
+def test_the_size_of_a_graph_is_that_of_all_its_files(tmp_path: Path) -> None:
+    inside = write_graph(tmp_path, [])
+    alone = graph_bytes(inside)
+    assert alone == inside.stat().st_size
+    path = write_graph(tmp_path, [outside("w.data", offset="0"), outside("w.data", offset="16", name="v")])
+    assert graph_bytes(path) == path.stat().st_size + 32, "a file that two tensors share counts once"
