@@ -182,7 +182,8 @@ class Policy:
             )
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
         # A small decoder's products are so short that waking a second thread costs more than it saves.
-        single = threads is None and graph_bytes(graphs["decoder"]) < SMALL_DECODER_BYTES
+        decoder = graphs["decoder"]
+        single = threads is None and decoder.is_file() and graph_bytes(decoder) < SMALL_DECODER_BYTES
         loaded = {}
         for name, spec in policy_specs(manifest).items():
             chosen = 1 if single and name != "vision" else threads
