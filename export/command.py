@@ -21,7 +21,7 @@ from segzero_rt.answer_format import FORMATS
 from segzero_rt.bundle import Bundle, check_target, write_bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.commands.output import print_document
-from segzero_rt.errors import ExportError
+from segzero_rt.errors import ExportError, SegZeroError
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
@@ -297,7 +297,7 @@ def workplace(out: Path, policy: Path | None) -> Iterator[Path]:
     shutil.rmtree(work / "trial", ignore_errors=True)
     try:
         yield work
-    except Exception as error:
+    except SegZeroError as error:  # what the same command would meet again
         if not isinstance(error, _imported("weight_store").DiskFullError):
             shutil.rmtree(work, ignore_errors=True)
         raise

@@ -189,7 +189,8 @@ def debug() -> GrpoPreset:
 def tabletop() -> GrpoPreset:
     """The shipped policy on two CPU cores.
 
-    At temperature 1 chance in the digits outweighs the choice of the object; at 0.6 a group still has as many guesses.
+    Temperature: from 1 to 0.7 and 0.5 box gIoU of samples about names rose from 0.64 to 0.69 and 0.70, while of eight
+    replies to a question by function 7.2, 6.2 and 5.2 still had a thinking of their own (24 questions each).
     """
     return GrpoPreset(
         name="tabletop", policy="training/checkpoints/tabletop/policy", answer_format=VISION_REASONER.name,

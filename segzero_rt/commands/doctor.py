@@ -28,7 +28,7 @@ _EPILOG = """examples:
 
 The bundle's files are compared with its manifest, and its need of memory with what is free; only then are its graphs
 loaded, and a question is asked about a grey picture. --preflight stops before anything is loaded and adds what to
-expect of Jetson modules: predictions from datasheets, not measurements.
+expect of Jetson modules: predictions from published figures, not measurements.
 exit status: 0 the bundle runs here, 2 it does not (the report says why)"""
 
 # What the CPU backend's kernels make use of, by the kernel's names for them (x86 flags, ARM features).

@@ -12,7 +12,7 @@ from segzero_rt.preflight.memory_plan import plan_memory
 from segzero_rt.preflight.prediction import REPLY_TOKENS, predict
 
 PREDICTION_NOTE = (
-    "predicted from datasheets, not measured: the least that a question can take, with a reply of "
+    "predicted from published figures, not measured: the least that a question can take, with a reply of "
     f"{REPLY_TOKENS} tokens, at full bandwidth and full dense 16-bit rate"
 )
 
