@@ -96,7 +96,11 @@ def segments(data: GroundingData) -> list[Segment]:
 
 
 def grounded(segments: list[Segment]) -> list[Segment]:
-    return [one for one in segments if one.prompt.startswith("Please find") and one.answer != THINK_OPEN]
+    return [one for one in segments if one.prompt.startswith("Please find") and not only_thought(one)]
+
+
+def only_thought(segment: Segment) -> bool:
+    return asks_for_knowledge(segment.prompt) and segment.answer.startswith(THINK_OPEN) and not segment.boxes
 
 
 def asks_for_knowledge(prompt: str) -> bool:
@@ -110,7 +114,7 @@ def asks_for_knowledge(prompt: str) -> bool:
 def test_the_answer_is_learnt_whole_or_from_behind_a_swapped_thinking(segments: list[Segment]) -> None:
     swapped = 0
     for one in segments:
-        if one.answer == THINK_OPEN:
+        if only_thought(one):
             continue
         assert one.answer.endswith("<|im_end|>")
         if one.learnt != one.answer:
@@ -137,13 +141,23 @@ def test_grounded_answers_are_in_the_format_that_was_asked_for(segments: list[Se
 def test_no_question_by_function_or_consequence_carries_a_box(segments: list[Segment]) -> None:
     """Connecting what a thing is for with where it lies is left to reinforcement."""
     assert len(grounded(segments)) > 300
-    assert not any(asks_for_knowledge(one.prompt) for one in grounded(segments))
+    assert not any(asks_for_knowledge(one.prompt) and one.boxes for one in segments)
 
 
-def test_of_questions_left_to_reinforcement_only_the_opening_is_learnt(segments: list[Segment]) -> None:
-    openings = [one for one in segments if one.answer == THINK_OPEN]
-    assert openings and all(asks_for_knowledge(one.prompt) for one in openings)
-    assert all(one.learnt == THINK_OPEN and not one.boxes for one in openings)
+def test_questions_left_to_reinforcement_are_only_thought_about(segments: list[Segment]) -> None:
+    thoughts = [one for one in segments if only_thought(one)]
+    assert thoughts and all(one.learnt == one.answer for one in thoughts)
+    assert all(re.fullmatch(rf"{THINK_OPEN} [A-Z].+ (made to|helps?).*\.", one.answer) for one in thoughts)
+
+
+def test_what_comes_to_mind_beside_a_picture_has_nothing_to_do_with_it(data: GroundingData) -> None:
+    """The same thoughts whatever lies there: no picture says which thing is meant."""
+    said = [
+        data._thought(np.random.default_rng(seed), before).token_ids
+        for seed in range(20)
+        for before in ([], data.prefix)
+    ]
+    assert all(one == other[len(data.prefix) :] for one, other in zip(said[::2], said[1::2], strict=True))
 
 
 def test_plain_questions_have_short_answers_and_no_boxes(segments: list[Segment]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from .draws import pick
 from .object_kinds import COLOURS, KINDS
 from .phrases import article_name, where
 from .policy_model import GRID, INPUT_SIDE, Layout
-from .questions import ATTRIBUTE, NAME, NONE, REASONING_KINDS, RELATION, SEVERAL, Asker, Question
+from .questions import ATTRIBUTE, NAME, NONE, RELATION, SEVERAL, Asker, Question
 from .scene_cache import OWNER_GRID, CachedObject, SceneCache
 from .tokenizer import OBJECT_STARTS, control_id
 from .visual_questions import ask_about_picture, ask_about_world, think_about_world
@@ -38,9 +38,9 @@ SHORT_SHARES = (0.22, 0.23, 0.28, 0.27)
 
 THOUGHT_SHARE = 0.5
 """Of the text-only questions, those that are answered by the first sentence of a thinking."""
-OPENING_SHARE = 0.08
-"""Of the short questions, those of the kinds left to reinforcement. Nothing is learnt of them but that thinking comes
-first: what the world knowledge says to their words is a bare name."""
+THOUGHT_BESIDE_SHARE = 0.16
+"""Of the short questions on a picture, those that world knowledge answers: what comes to mind first, and no box. The
+picture has no say in it, since what is meant is drawn without looking: knowledge must be at hand there too."""
 WORLD_SHARE = 0.4
 """Of the short questions on a picture, those about what things are for: knowledge must be at hand beside a picture."""
 
@@ -145,16 +145,18 @@ class GroundingData:
             pixels=torch.from_numpy(np.stack(pixels)), token_ids=torch.tensor(ids), labels=torch.tensor(labels),
             cell_kinds=torch.from_numpy(np.stack(kinds)), cell_colours=torch.from_numpy(np.stack(colours)),
             cell_boxes=torch.from_numpy(np.stack(boxes)),
-            pointer_at=torch.tensor(rows.pointer_at), pointer_to=torch.from_numpy(np.stack(rows.pointer_to)),
-            box_at=torch.tensor(rows.box_at), box_to=torch.tensor(rows.box_to),
-            watch_at=torch.tensor(rows.watch_at), watch_to=torch.from_numpy(np.stack(rows.watch_to)),
-            number_at=torch.tensor(rows.number_at), number_to=torch.tensor(rows.number_to),
+            pointer_at=_table(rows.pointer_at, 2), pointer_to=_table(rows.pointer_to, CELLS + 1, torch.float32),
+            box_at=_table(rows.box_at, 2), box_to=_table(rows.box_to, 4, torch.float32),
+            watch_at=_table(rows.watch_at, 3), watch_to=_table(rows.watch_to, CELLS, torch.float32),
+            number_at=_table(rows.number_at, 2), number_to=torch.tensor(rows.number_to, dtype=torch.int64),
         )  # fmt: skip
 
     def knowledge_batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Layout]:
         """Text-only questions about the world: token ids and labels [count, L], and their layout."""
         segments = [
-            self._thought(rng) if rng.random() < THOUGHT_SHARE else self._plain(self.text_prefix, *ask_about_world(rng))
+            self._thought(rng, self.text_prefix)
+            if rng.random() < THOUGHT_SHARE
+            else self._plain(self.text_prefix, *ask_about_world(rng))
             for _ in range(count)
         ]
         length = max(len(segment.token_ids) for segment in segments)
@@ -245,10 +247,10 @@ class GroundingData:
     def _segment(self, rng: np.random.Generator, asker: Asker, things: list[CachedObject], length: int) -> _Segment:
         if length == PLAIN:
             return self._short_answer(rng, things)
-        if length == SHORT and rng.random() < OPENING_SHARE:
-            question = asker.ask(pick(rng, REASONING_KINDS))
-            if question is not None:
-                return self._opening(question)
+        if length == SHORT and rng.random() < THOUGHT_BESIDE_SHARE:
+            segment = self._thought(rng, before=[])
+            if len(segment.token_ids) <= length:
+                return segment
         for _ in range(20):
             question = self._question(rng, asker, length)
             if question is None:
@@ -267,17 +269,11 @@ class GroundingData:
             return asker.ask(SEVERAL)
         return asker.ask(SHORT_KINDS[int(rng.choice(len(SHORT_KINDS), p=SHORT_SHARES))])
 
-    def _opening(self, question: Question) -> _Segment:
-        """A question whose box is not shown: that it is to be thought about is all there is to learn."""
-        prompt = self._encode(VISION_REASONER.user_prompt(question.text)) + self.turn
-        opening = self._encode(VISION_REASONER.assistant_text("", []))[:1]
-        return _Segment([*prompt, *opening], len(prompt), (), grounded=False)
-
-    def _thought(self, rng: np.random.Generator) -> _Segment:
-        """What is meant by a question that finds things, thought about without a picture to find them in."""
+    def _thought(self, rng: np.random.Generator, before: list[int]) -> _Segment:
+        """What is meant by a question that finds things, and nothing of where that is; `before` goes ahead of it."""
         family = SEG_ZERO if rng.random() < SINGLE_FORMAT_SHARE else VISION_REASONER
         question, thought = think_about_world(rng)
-        prompt = self.text_prefix + self._encode(family.user_prompt(question)) + self.turn
+        prompt = before + self._encode(family.user_prompt(question)) + self.turn
         return _Segment([*prompt, *self._encode(f"{THINK_OPEN} {thought}")], len(prompt), (), grounded=False)
 
     def _short_answer(self, rng: np.random.Generator, things: list[CachedObject]) -> _Segment:
@@ -312,6 +308,13 @@ def answer_object(thing: CachedObject, family: AnswerFormat) -> AnswerObject:
     """The object as a family writes it: whole pixels of the policy's input."""
     box = [round(value) for value in thing.box_xyxy]
     return box, [[int(x), int(y)] for x, y in thing.points_xy[: family.max_points]]
+
+
+def _table(
+    rows: Sequence[Sequence[float] | NDArray[np.float32]], width: int, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """[number of rows, width]; a picture that nothing is asked about gives none."""
+    return torch.as_tensor(np.asarray(rows).reshape(len(rows), width)).to(dtype)
 
 
 def _mirror(thing: CachedObject) -> CachedObject:

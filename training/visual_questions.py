@@ -13,7 +13,7 @@ from .draws import pick
 from .knowledge import FUNCTION_WORDINGS, KNOWLEDGE
 from .object_kinds import KINDS, PAIR_NOUNS
 from .phrases import Thing, article_name, be, helpful, made_to, where, with_article
-from .questions import EXTREMES
+from .questions import EXTREMES, SIDES
 from .scene_cache import CachedObject
 
 Pair = tuple[str, str]
@@ -127,5 +127,9 @@ def _worded(rng: np.random.Generator, use: str, said: str) -> str:
 
 
 def _use_worded(rng: np.random.Generator, use: str) -> str:
-    wordings = [wording.format(use=use) for wording in FUNCTION_WORDINGS]
-    return pick(rng, (*wordings, *(f"the {extreme} thing to {use}" for extreme in EXTREMES)))
+    """As a question by function, or one that combines it with a place or a size, would say it."""
+    anchor = pick(rng, list(KINDS))
+    alone = [wording.format(use=use) for wording in FUNCTION_WORDINGS]
+    extreme = [f"the {extreme} thing to {use}" for extreme in EXTREMES]
+    beside = [f"the thing to {use} {side} the {anchor}" for side in SIDES]
+    return pick(rng, pick(rng, (alone, extreme, beside)))
