@@ -33,10 +33,10 @@ from segzero_rt.cli import make_parser
 from segzero_rt.errors import DatasetError
 from segzero_rt.image import load_image
 from segzero_rt.mask import decode_rle
+from segzero_rt.readers.coco import CocoInstances, CocoReader
 from training.command import TRAIN
 from training.mask_points import box_and_points
 from training.prepare import Segmenter
-from training.readers_coco import CocoInstances, CocoReader
 from training.rewards import check_seg_zero_row, check_vision_reasoner_row
 from training.rows import TrainingRow, read_rows
 

@@ -31,11 +31,11 @@ from published_sets import (
 
 from segzero_rt.errors import DatasetError
 from segzero_rt.mask import decode_rle, encode_rle
-from training.readers import Reader, SourcePicture
-from training.readers_coco import CocoInstances, CocoReader
-from training.readers_parquet import ParquetReader, parse_solution
-from training.readers_reasonseg import ReasonSegReader
-from training.readers_refcoco import RefCocoReader
+from segzero_rt.readers.coco import CocoInstances, CocoReader
+from segzero_rt.readers.parquet import ParquetReader, parse_solution
+from segzero_rt.readers.reasonseg import ReasonSegReader
+from segzero_rt.readers.refcoco import RefCocoReader
+from segzero_rt.readers.source import Reader, SourcePicture
 from training.rows import RowObject
 
 

@@ -32,11 +32,11 @@ from segzero_rt.commands.progress import Progress
 from segzero_rt.errors import DatasetError, ImageError
 from segzero_rt.image import load_image
 from segzero_rt.mask import encode_rle, mask_iou
+from segzero_rt.readers.source import Mask, Reader, SourcePicture, SourceQuestion
 from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
 
 from .mask_points import box_and_points
 from .prepare_journal import Journal, Prepared, check_settings
-from .readers import Mask, Reader, SourcePicture, SourceQuestion
 from .rows import IMAGES_NAME, RowObject, TrainingRow, check_new_folder, finish_folder
 
 _JOURNAL_NAME, _SETTINGS_NAME, _CONTENT_NAME = "done.jsonl", "settings.json", "rows"

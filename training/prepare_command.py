@@ -11,7 +11,7 @@ from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import DatasetError
 
 if TYPE_CHECKING:  # readers need pyarrow and pycocotools: only when the command runs
-    from .readers import Reader
+    from segzero_rt.readers.source import Reader
 
 NAME = "prepare"
 HELP = "training rows from published data sets"
@@ -123,18 +123,18 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
         return _open_coco(arguments)
     _refuse(arguments, "a COCO-style FILE.json", "images", "refs", "split", "all_sentences", "join_refs", "absent")
     if source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet"))):
-        from .readers_parquet import ParquetReader
+        from segzero_rt.readers.parquet import ParquetReader
 
         return ParquetReader(source)
     if source.is_dir():
-        from .readers_reasonseg import ReasonSegReader
+        from segzero_rt.readers.reasonseg import ReasonSegReader
 
         return ReasonSegReader(source)
     raise DatasetError(f"{source}: expected a .json or .parquet file or a folder; see `segzero train prepare --help`")
 
 
 def _open_coco(arguments: argparse.Namespace) -> Reader:
-    from .readers_coco import CocoInstances, CocoReader
+    from segzero_rt.readers.coco import CocoInstances, CocoReader
 
     if arguments.images is None or not arguments.images.is_dir():
         raise DatasetError(f"expected --images with the folder of the pictures of {arguments.source}")
@@ -146,7 +146,7 @@ def _open_coco(arguments: argparse.Namespace) -> Reader:
             num_absent=arguments.absent,
             seed=arguments.seed,
         )
-    from .readers_refcoco import RefCocoReader
+    from segzero_rt.readers.refcoco import RefCocoReader
 
     _refuse(arguments, "instances without --refs", "absent")
     instances = CocoInstances(arguments.source, arguments.images)

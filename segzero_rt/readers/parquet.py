@@ -8,7 +8,7 @@ Training sets (`refCOCOg_2k_840`, `refCOCOg_9k_840`, `VisionReasoner_multi_objec
 
 Evaluation sets (`ReasonSeg_val`, `ReasonSeg_test`, `refcoco_testA` …): columns `image`, `text`, `mask` (rows of
 booleans), `image_id`, `ann_id`, `img_height`, `img_width`. Their ReasonSeg masks count the pixels that LISA ignores as
-the object's; the JSON files of ReasonSeg keep them apart (`readers_reasonseg`).
+the object's; the JSON files of ReasonSeg keep them apart (`reasonseg`).
 
 A picture column is `{bytes, path}` as the `datasets` library writes it, or plain bytes.
 """
@@ -27,9 +27,8 @@ import pyarrow
 import pyarrow.parquet
 
 from segzero_rt.errors import DatasetError
-
-from .readers import Load, Mask, SourcePicture, SourceQuestion, required
-from .rows import RowObject
+from segzero_rt.readers.row_object import RowObject
+from segzero_rt.readers.source import Load, Mask, SourcePicture, SourceQuestion, required
 
 _TRAIN_COLUMNS = frozenset({"id", "problem", "solution", "image"})
 _MASK_COLUMNS = frozenset({"image", "text", "mask", "image_id", "ann_id"})

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from segzero_rt.errors import DatasetError
-
-from .readers import (
+from segzero_rt.readers.coco import CocoInstances
+from segzero_rt.readers.source import (
     NAME_KIND,
     NONE_KIND,
     SEVERAL_KIND,
@@ -30,7 +30,6 @@ from .readers import (
     read_json_file,
     required,
 )
-from .readers_coco import CocoInstances
 
 _NO_ANNOTATION = -1  # gRefCOCO's mark of a question without an object
 

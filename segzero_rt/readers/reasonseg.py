@@ -22,8 +22,15 @@ from numpy.typing import NDArray
 
 from segzero_rt.errors import DatasetError
 from segzero_rt.mask import encode_rle
-
-from .readers import Load, SourcePicture, SourceQuestion, picture_path, read_json_file, required, stored_size_hw
+from segzero_rt.readers.source import (
+    Load,
+    SourcePicture,
+    SourceQuestion,
+    picture_path,
+    read_json_file,
+    required,
+    stored_size_hw,
+)
 
 TARGET, IGNORE, FLAG = "target", "ignore", "flag"
 _NOTHING, _TARGET_LEVEL, _IGNORE_LEVEL = 0, 1, 255

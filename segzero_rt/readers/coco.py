@@ -17,8 +17,7 @@ from pycocotools import mask as coco_masks
 
 from segzero_rt.errors import DatasetError
 from segzero_rt.mask import decode_rle
-
-from .readers import (
+from segzero_rt.readers.source import (
     NAME_KIND,
     NONE_KIND,
     SEVERAL_KIND,

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segzero_rt.errors import DatasetError
-
-from .rows import RowObject
+from segzero_rt.readers.row_object import RowObject
 
 Mask = NDArray[np.bool_]
 

@@ -1,0 +1,1 @@
+"""Readers of published data sets, for evaluation and for training alike."""
