@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from segzero_rt.mask import encode_rle
 from training.reward_extras import (
     abstention_reward,
     brevity_reward,
+    closeness_reward,
     count_marks,
     empty_thinking_penalty,
     is_right,
@@ -148,6 +151,39 @@ def test_brevity_refuses(budget: int, floor: int, most: float) -> None:
         brevity_reward(budget=budget, floor=floor, most=most)
 
 
+# at 100 x 200 a point is worth something up to 3 * 30 * sqrt(100 * 200) / 840 = 15.15 px away
+CLOSENESS = {
+    "right": (f"[{LEFT_ITEM}]", (LEFT,), 3.0),
+    "half the box": ('[{"bbox_2d": [10, 10, 60, 49], "point_2d": [35, 30]}]', (LEFT,), 2 * 40 / 81),
+    "point 8 px off": ('[{"bbox_2d": [10, 10, 60, 90], "point_2d": [35, 58]}]', (LEFT,), 2 + 1 - 8 / 15.152),
+    "point outside its box": ('[{"bbox_2d": [10, 10, 60, 90], "point_2d": [35, 91]}]', (LEFT,), 2.0),
+    "elsewhere": (f"[{FAR_ITEM}]", (LEFT,), 0.0),
+    "one of two": (f"[{LEFT_ITEM}]", (LEFT, RIGHT), 1.5),
+    "a stranger costs": (f"[{LEFT_ITEM}, {FAR_ITEM}]", (LEFT,), 1.5),
+    "in either order": (f"[{RIGHT_ITEM}, {LEFT_ITEM}]", (LEFT, RIGHT), 3.0),
+    "none there": (f"[{LEFT_ITEM}]", (), 0.0),
+    "none said": ("[]", (LEFT,), 0.0),
+    "corners swapped, as the runtime reads it": ('[{"bbox_2d": [60, 90, 10, 10], "point_2d": [35, 50]}]', (LEFT,), 3.0),
+}
+
+
+@pytest.mark.parametrize(("answer", "objects", "expected"), CLOSENESS.values(), ids=CLOSENESS.keys())
+def test_closeness(answer: str, objects: tuple[RowObject, ...], expected: float) -> None:
+    assert give(closeness_reward(), reply(answer), *objects) == pytest.approx(expected, abs=1e-3)
+
+
+def test_closeness_has_no_threshold() -> None:
+    """Moving the box pixel by pixel, it falls by a little each time."""
+    steps = [
+        give(
+            closeness_reward(), reply(json.dumps([{"bbox_2d": [10 + dx, 10, 60 + dx, 90], "point_2d": [35, 50]}])), LEFT
+        )
+        for dx in range(25)
+    ]
+    falls = [before - after for before, after in itertools.pairwise(steps)]
+    assert min(falls) > 0.02 and max(falls) < 0.09
+
+
 def test_count_marks() -> None:
     assert count_marks("There's a mug, left.") == 8
     assert count_marks("") == 0
@@ -155,7 +191,7 @@ def test_count_marks() -> None:
 
 def test_any_text_is_scored() -> None:
     rewards = [
-        abstention_reward(), empty_thinking_penalty(), brevity_reward(budget=20),
+        abstention_reward(), empty_thinking_penalty(), brevity_reward(budget=20), closeness_reward(),
         abstention_reward(family=SEG_ZERO, mode="seg_zero"), brevity_reward(budget=20, mode="vision_reasoner"),
     ]  # fmt: skip
     for case in CORPUS:

@@ -41,6 +41,7 @@ def test_nothing_beyond_a_set_is_on_unless_it_is_named(name: str) -> None:
     assert not {"brevity", "mask_iou"} & set(found)
     if name != "tabletop":
         assert not set(REWARD_EXTRAS) & set(found)
+    assert ("accuracy" in found) + ("closeness" in found) == (not name.startswith("seg_zero"))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,7 @@ BAD_NAMES = {
     "named twice": ("tabletop+brevity+brevity:9", "brevity is in tabletop or named twice"),
     "budget of no number": ("tabletop+brevity:few", "brevity:TOKENS"),
     "budget below the floor": ("tabletop+brevity:4", "more than 4"),
+    "closeness for one object": ("seg_zero_strict+closeness", "closeness with rewards for vision_reasoner"),
     "a setting that is none": ("vision_reasoner+abstention:3", "without a setting"),
     "no such bundle": ("tabletop+mask_iou:nowhere", "nowhere"),
 }

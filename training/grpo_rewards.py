@@ -19,7 +19,13 @@ from segzero_rt.answer_parser import ParseMode
 from segzero_rt.bundle import Bundle
 from segzero_rt.errors import DatasetError, SegZeroError
 
-from .reward_extras import abstention_reward, brevity_reward, empty_thinking_penalty, mask_iou_reward
+from .reward_extras import (
+    abstention_reward,
+    brevity_reward,
+    closeness_reward,
+    empty_thinking_penalty,
+    mask_iou_reward,
+)
 from .rewards import Reward, check_seg_zero_row, check_vision_reasoner_row, seg_zero_rewards, vision_reasoner_rewards
 from .rows import TrainingRow
 
@@ -67,8 +73,11 @@ def _vision_reasoner() -> RewardSet:
 
 
 def _tabletop() -> RewardSet:
-    """VisionReasoner's terms, read by the runtime's own parser, and what is missing in them: "there is none"."""
-    rewards = (*vision_reasoner_rewards(mode="tolerant"), abstention_reward(), empty_thinking_penalty())
+    """VisionReasoner's terms, read by the runtime's own parser, accuracy by degrees, and what is missing in them:
+    "there is none".
+    """
+    kept = (reward for reward in vision_reasoner_rewards(mode="tolerant") if reward.name != "accuracy")
+    rewards = (*kept, closeness_reward(), abstention_reward(), empty_thinking_penalty())
     return replace(_vision_reasoner(), rewards=rewards, mode="tolerant")
 
 
@@ -90,6 +99,13 @@ def _empty_thinking(base: RewardSet, setting: str) -> Reward:
     return empty_thinking_penalty(family=base.family, mode=base.mode)
 
 
+def _closeness(base: RewardSet, setting: str) -> Reward:
+    _no_setting("closeness", setting)
+    if base.family is not VISION_REASONER:
+        raise SegZeroError(f"expected closeness with rewards for {VISION_REASONER.name}, got {base.family.name}")
+    return closeness_reward(mode=base.mode)
+
+
 def _brevity(base: RewardSet, setting: str) -> Reward:
     if setting and not (setting.isascii() and setting.isdigit() and 4 < int(setting) < 10**6):
         raise SegZeroError(f"expected brevity:TOKENS with more than 4 tokens of thinking, got brevity:{setting:.40}")
@@ -105,6 +121,7 @@ def _mask_iou(base: RewardSet, setting: str) -> Reward:
 REWARD_EXTRAS: dict[str, Callable[[RewardSet, str], Reward]] = {
     "abstention": _abstention,
     "empty_thinking": _empty_thinking,
+    "closeness": _closeness,
     "brevity": _brevity,
     MASK_IOU: _mask_iou,
 }

@@ -4,6 +4,7 @@
 
 abstention: the papers give `[]` nothing, right or wrong, so "there is no such object" is never learnt.
 empty_thinking: an empty think block costs nothing in the originals (Seg-Zero issues #88 and #117).
+closeness: accuracy without thresholds, in the place of VisionReasoner's `accuracy`.
 brevity: accuracy first, then fewer tokens: a bonus for short thinking that only right answers get, and that is worth
     less than any criterion of accuracy.
 mask_iou: the frozen segmenter's mask against the true one, as the evaluation scores it; needs masks in the rows.
@@ -35,9 +36,9 @@ from segzero_rt.image import ImageRgb, as_image
 from segzero_rt.mask import decode_rle, mask_iou
 from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
 
-from .reward_geometry import MIN_BOX_IOU, NUM_CRITERIA, matched_score, vision_reasoner_ious
+from .reward_geometry import MIN_BOX_IOU, NUM_CRITERIA, matched_score, pair_closeness, vision_reasoner_ious
 from .reward_readings import parsed_answer
-from .rewards import Case, Reward
+from .rewards import Case, Reward, list_accuracy
 from .rows import IMAGE
 
 _WORD = re.compile(r"\w+")
@@ -68,6 +69,12 @@ def empty_thinking_penalty(
     """Minus `cost` for a thinking of fewer than `min_words` words, else 0. Marks are no words."""
     rule = functools.partial(_empty_thinking, family=family, mode=mode, min_words=min_words, cost=cost)
     return Reward(name="empty_thinking", rule=rule, maximum=0)
+
+
+def closeness_reward(*, mode: ParseMode = "tolerant") -> Reward:
+    """0 … 3, for lists: what `accuracy` asks, by degrees (`pair_closeness`), so that chance in digits weighs less."""
+    rule = functools.partial(list_accuracy, mode=mode, of_pairs=pair_closeness)
+    return Reward(name="closeness", rule=rule, maximum=NUM_CRITERIA)
 
 
 def brevity_reward(

@@ -28,6 +28,8 @@ TWO_POINTS_PX = 100.0
 """Seg-Zero: its two points together count as close below this mean distance."""
 POINT_PX = 30.0
 """VisionReasoner: its point counts as close below this distance."""
+POINT_REACH = 3.0
+"""Without thresholds a point is worth something up to so many times `POINT_PX` away."""
 NUM_CRITERIA = 3
 """A pair of objects is held to box IoU, box difference and point distance, one point each."""
 
@@ -114,11 +116,32 @@ def pair_scores(
     return np.asarray(found.astype(np.float64) + close + pointed, np.float64)
 
 
+def pair_closeness(
+    boxes: Floats, points: Floats, true_boxes: Floats, true_points: Floats, *, scale: float = 1.0
+) -> Floats:
+    """How close each predicted object is to each true one, by degrees: twice the box IoU, and how near the point is.
+
+    A threshold that digits cross by chance makes as much difference as the right object does; closeness does not.
+
+    Args:
+        boxes, points, true_boxes, true_points, scale: as `pair_scores`.
+
+    Returns:
+        float64 [M, N] in 0 … 3; a point outside its own box adds nothing.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        ious = np.nan_to_num(vision_reasoner_ious(boxes, true_boxes), nan=0.0).clip(0, 1)
+        distances = np.sqrt(((points[:, None] - true_points[None]) ** 2).sum(axis=-1))
+        inside = np.all((points >= boxes[:, :2]) & (points <= boxes[:, 2:]), axis=1, keepdims=True)
+    nearness = 1 - distances / (POINT_REACH * POINT_PX * scale)
+    return np.asarray(2 * ious + inside * np.nan_to_num(nearness, nan=0.0).clip(0, 1), np.float64)
+
+
 def matched_score(scores: Floats) -> float:
     """The best total of a one-to-one matching over max(M, N), so that missing and surplus objects cost alike.
 
     Args:
-        scores: float64 [M, N] of `pair_scores`.
+        scores: float64 [M, N] of `pair_scores` or `pair_closeness`.
 
     Returns:
         0 … `NUM_CRITERIA`.

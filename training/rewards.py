@@ -43,6 +43,7 @@ from .reward_geometry import (
     MIN_BOX_IOU,
     NUM_CRITERIA,
     TWO_POINTS_PX,
+    Floats,
     box_l1,
     is_in_box,
     matched_score,
@@ -196,7 +197,11 @@ def non_repeat(case: Case) -> float:
     return float(len(sentences) - len(set(sentences)) < 2)
 
 
-def list_accuracy(case: Case, *, mode: ParseMode) -> float:
+PairRule = Callable[..., Floats]
+"""`reward_geometry.pair_scores` or one of its signature."""
+
+
+def list_accuracy(case: Case, *, mode: ParseMode, of_pairs: PairRule = pair_scores) -> float:
     """0 … 3: the matched criteria over the larger number of objects; 0 where either side has none."""
     truth = _list_truth(case.row_id, case.objects)[:MAX_OBJECTS]
     reading = read_vision_reasoner(case.text, mode=mode, input_size_hw=case.input_size_hw)
@@ -205,7 +210,7 @@ def list_accuracy(case: Case, *, mode: ParseMode) -> float:
     true_boxes = np.array([one.box_xyxy for one in truth], np.float64)
     true_points = np.array([one.points_xy[0] for one in truth], np.float64)
     scale = pixel_scale(case.input_size_hw)
-    return matched_score(pair_scores(reading.boxes, reading.points, true_boxes, true_points, scale=scale))
+    return matched_score(of_pairs(reading.boxes, reading.points, true_boxes, true_points, scale=scale))
 
 
 def _list_format(case: Case, *, mode: ParseMode) -> float:
