@@ -116,7 +116,7 @@ class BundleSubject:
         answer = parse_answer(
             generation.text,
             answer_format=policy.default_format,
-            input_size_hw=policy.manifest.input_size_hw,
+            input_size_hw=policy.manifest.answer_size_hw,
             source_size_hw=sample.size_hw,
             finished=generation.finished,
         )

@@ -175,7 +175,7 @@ class _Reference:
         return parse_answer(
             text,
             answer_format=policy.default_format,
-            input_size_hw=policy.manifest.input_size_hw,
+            input_size_hw=policy.manifest.answer_size_hw,
             source_size_hw=(image_rgb.shape[0], image_rgb.shape[1]),
             finished=finished,
         )

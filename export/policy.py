@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from segzero_rt.errors import ExportError
 from segzero_rt.manifest import PolicyGraphs, PolicyManifest
-from segzero_rt.policy import VISION_ROPE_THETA, Policy
+from segzero_rt.policy import Policy
+from segzero_rt.positions import VISION_ROPE_THETA
 
 from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
 from .gate_layers import gate_policy_layers

@@ -26,7 +26,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from segzero_rt.manifest import PolicyManifest
 from segzero_rt.policy import Policy
-from segzero_rt.positions import MropeTable, PictureSpan
+from segzero_rt.positions import PictureSpan, policy_rotary
 
 from .graph_builder import INT8_FROM_WIDTH, MICROSOFT
 from .policy_checkpoint import PolicyCheckpoint
@@ -197,13 +197,7 @@ def _whole_conversation(policy: Policy, features: Floats, tokens: list[int]) -> 
     start = policy.prefix_tokens.index(manifest.image_token_id)
     embeds = policy.embed([*policy.prefix_tokens, *tokens])
     embeds[0, start : start + len(features)] = features
-    table = MropeTable(
-        head_dim=manifest.head_dim,
-        theta=manifest.rope_theta,
-        mrope_section=manifest.mrope_section,
-        max_length=manifest.max_length,
-    )
-    cos, sin = table.rows(PictureSpan(start=start, grid_hw=policy.preprocessor.grid_hw))
+    cos, sin = policy_rotary(manifest).rows(PictureSpan(start=start, grid_hw=policy.preprocessor.grid_hw))
     length = embeds.shape[1]
     cache = np.zeros((1, manifest.num_kv_heads, manifest.max_length, manifest.head_dim), np.float32)
     return {

@@ -153,7 +153,17 @@ class GraphSpec:
         return f"{self.name} ({self.flavour})" if self.flavour else self.name
 
 
-def vision_spec(*, patch_dim: int, head_dim: int, hidden_size: int) -> GraphSpec:
+def embeds_width(hidden_size: int, deepstack: int) -> int:
+    """Numbers that stand for one token in `inputs_embeds`: its embedding, then what layers 0, 1, ... add behind them.
+
+    The latter are zeros for text. They travel with the embedding so that a host treats every family alike.
+    """
+    return hidden_size * (1 + deepstack)
+
+
+def vision_spec(
+    *, patch_dim: int, head_dim: int, hidden_size: int, deepstack: int = 0, learned_positions: bool = False
+) -> GraphSpec:
     """Vision tower of the policy: pictures of one size, cut into patches, to features in the decoder's width.
 
     The host lays the patches in window order and describes the windows, so the graph holds no index arithmetic.
@@ -163,7 +173,14 @@ def vision_spec(*, patch_dim: int, head_dim: int, hidden_size: int) -> GraphSpec
             the published weights expect are folded into the weights at export.
         head_dim: width of one attention head of the vision tower.
         hidden_size: the decoder's width.
+        deepstack: features of so many depths of the tower stand behind its last ones, see `embeds_width`.
+        learned_positions: the tower adds positions from a square of learned ones, each patch a mix of four.
     """
+    taps = (
+        # Places in the square, row by row, that a patch (in window order) lies between, and the share of each.
+        TensorSpec("position_taps", "int64", ("patches", 4)),
+        TensorSpec("position_weights", "float32", ("patches", 4)),
+    )
     return GraphSpec(
         name="vision",
         inputs=(
@@ -178,17 +195,18 @@ def vision_spec(*, patch_dim: int, head_dim: int, hidden_size: int) -> GraphSpec
             TensorSpec("patch_slots", "int64", ("patches",)),
             # Which merged token, in window order, stands at place i of the picture's raster order.
             TensorSpec("token_order", "int64", ("tokens",)),
+            *(taps if learned_positions else ()),
         ),
-        outputs=(TensorSpec("image_features", "float32", ("batch", "tokens", hidden_size)),),
+        outputs=(TensorSpec("image_features", "float32", ("batch", "tokens", embeds_width(hidden_size, deepstack))),),
     )
 
 
-def embedding_spec(*, hidden_size: int) -> GraphSpec:
-    """Token embedding of the policy. The host writes picture features over the placeholders' rows."""
+def embedding_spec(*, hidden_size: int, deepstack: int = 0) -> GraphSpec:
+    """Token embedding of the policy, see `embeds_width`. The host writes picture features over placeholders' rows."""
     return GraphSpec(
         name="embedding",
         inputs=(TensorSpec("input_ids", "int64", ("batch", "new")),),
-        outputs=(TensorSpec("inputs_embeds", "float32", ("batch", "new", hidden_size)),),
+        outputs=(TensorSpec("inputs_embeds", "float32", ("batch", "new", embeds_width(hidden_size, deepstack))),),
     )
 
 
@@ -201,11 +219,12 @@ def decoder_spec(
     hidden_size: int,
     vocab_size: int,
     cache_dtype: str = "float32",
+    deepstack: int = 0,
 ) -> GraphSpec:
     """Decoder of the policy with an explicit KV cache.
 
-    Both flavours take `inputs_embeds` of `new` tokens, and `logits_rows`: for each row of the batch, which of the new
-    tokens get logits. They differ in how positions and cache go in and out:
+    Both flavours take `inputs_embeds` of `new` tokens (see `embeds_width`), and `logits_rows`: for each row of the
+    batch, which of the new tokens get logits. They differ in how positions and cache go in and out:
 
     * `ort`: the whole rotary table (row i is position i's M-RoPE value), `seqlens_k` (per row, tokens in the cache
       after this run, minus 1), `total_length` (the longest row after this run); the cache is bound as past and present,
@@ -244,7 +263,7 @@ def decoder_spec(
         name="decoder",
         flavour=flavour,
         inputs=(
-            TensorSpec("inputs_embeds", "float32", ("batch", "new", hidden_size)),
+            TensorSpec("inputs_embeds", "float32", ("batch", "new", embeds_width(hidden_size, deepstack))),
             TensorSpec("logits_rows", "int64", ("batch", "rows")),
             *placement,
             *past,

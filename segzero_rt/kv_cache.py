@@ -31,6 +31,7 @@ class CacheSizes:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    """Numbers per token in `inputs_embeds`, see `graph_spec.embeds_width`."""
     vocab_size: int
 
 

@@ -29,10 +29,15 @@ QUALITY_GATE = "quality"
 """Key in `gates` of what the weights' precision costs on labelled questions."""
 GATE_PASSED, GATE_NOT_RUN = "passed", "not_run"
 """`status` of a gate's record; one that failed is never written."""
-POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl", "qwen2_vl"), ("sam2",)
+POLICY_FAMILIES, SEGMENTER_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl"), ("sam2",)
 """Architectures whose positions, windows and prompts this runtime computes; another's graphs would run and be wrong."""
 
 CACHE_DTYPES = ("float32", "float16")
+
+INPUT_PIXELS, RELATIVE_1000 = "input_pixels", "relative_1000"
+COORDINATES = (INPUT_PIXELS, RELATIVE_1000)
+"""What a policy's answers count in: pixels of the picture as it sees it, or thousandths of the picture's sides."""
+RELATIVE_SIDE = 1000
 
 LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
 """Marks fields that came after the first bundles were written: where one is missing it has its default."""
@@ -112,6 +117,14 @@ class PolicyManifest:
     graphs: PolicyGraphs
     cache_dtype: str = field(default="float32", metadata=LATER)
     """What the decoder's keys and values are kept in, one of `CACHE_DTYPES`."""
+    mrope_interleaved: bool = field(default=False, metadata=LATER)
+    """Time, row and column take turns among the frequencies; otherwise each has a run of them."""
+    deepstack: int = field(default=0, metadata=LATER)
+    """How many of the decoder's first layers have features of the tower's depths added behind them."""
+    position_side: int = field(default=0, metadata=LATER)
+    """Side of the tower's square of learned positions, which is stretched over the picture; 0 where it has none."""
+    coordinates: str = field(default=INPUT_PIXELS, metadata=LATER)
+    """What numbers in answers count, one of `COORDINATES`."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -124,6 +137,12 @@ class PolicyManifest:
         _require_known("policy.flavour", self.flavour, DECODER_FLAVOURS)
         _require_known("policy.resampler", self.resampler, RESAMPLERS)
         _require_known("policy.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        _require_known("policy.coordinates", self.coordinates, COORDINATES)
+        if min(self.deepstack, self.position_side) < 0 or self.deepstack >= self.num_layers:
+            raise BundleError(
+                f"policy: expected deepstack from 0 to {self.num_layers - 1} and position_side from 0, got "
+                f"{self.deepstack} and {self.position_side}"
+            )
         cell = self.patch_size * self.merge_size
         if any(side % cell for side in self.input_size_hw):
             raise BundleError(f"policy.input_size_hw: expected multiples of {cell}, got {self.input_size_hw}")
@@ -139,6 +158,11 @@ class PolicyManifest:
                 f"policy: token ids must lie in [0, {self.vocab_size}), got end {self.eos_token_ids}, "
                 f"image {self.image_token_id}"
             )
+
+    @property
+    def answer_size_hw(self) -> tuple[int, int]:
+        """Height and width that the numbers in this policy's answers count up to."""
+        return (RELATIVE_SIDE, RELATIVE_SIDE) if self.coordinates == RELATIVE_1000 else self.input_size_hw
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

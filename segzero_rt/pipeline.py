@@ -238,7 +238,7 @@ class SegZero:
         answer = parse_answer(
             generation.text,
             answer_format=answer_format,
-            input_size_hw=self.policy.manifest.input_size_hw,
+            input_size_hw=self.policy.manifest.answer_size_hw,
             source_size_hw=(image_rgb.shape[0], image_rgb.shape[1]),
             finished=generation.finished,
         )

@@ -23,14 +23,11 @@ from segzero_rt.drafting import Draft, Drafter
 from segzero_rt.errors import BackendError, BundleError, QuestionError
 from segzero_rt.external_data import graph_bytes
 from segzero_rt.graph import Backend, Graph, resolve_backend
-from segzero_rt.graph_spec import MASKED, GraphSpec, decoder_spec, embedding_spec, vision_spec
+from segzero_rt.graph_spec import GraphSpec, decoder_spec, embedding_spec, embeds_width, vision_spec
 from segzero_rt.kv_cache import CacheSizes, KVCache
 from segzero_rt.manifest import PolicyManifest
-from segzero_rt.positions import MropeTable, PictureSpan, VisionLayout, vision_layout
+from segzero_rt.positions import PictureSpan, policy_layout, policy_rotary
 from segzero_rt.preprocess import Preprocessor
-
-VISION_ROPE_THETA = 10000.0
-"""Base of the vision tower's rotary frequencies; the same in every checkpoint of the family."""
 
 DRAFT_TOKENS = 5
 """Guesses in one run of the decoder, by default: six tokens take a sixth longer than one, eight half as long again."""
@@ -102,18 +99,13 @@ class Policy:
             resampler=manifest.resampler,
         )
         self._vision, self._embedding, self._decoder = vision, embedding, decoder
-        self._layout = _layout(manifest, self.preprocessor.grid_hw)
+        self._layout = policy_layout(manifest)
         self._layout_inputs = self._layout.inputs()
         self._spare_caches: list[KVCache] = []
         self._draft_tokens = _default_draft(decoder) if draft_tokens is None else draft_tokens
         self._drafters: dict[AnswerFormat, Drafter] = {}
         self._rows_independent: bool | None = None
-        self._rotary = MropeTable(
-            head_dim=manifest.head_dim,
-            theta=manifest.rope_theta,
-            mrope_section=manifest.mrope_section,
-            max_length=manifest.max_length,
-        )
+        self._rotary = policy_rotary(manifest)
         self._before_picture = chat.before_picture(self.default_format.system_prompt)
         placeholders = [manifest.image_token_id] * (self.preprocessor.grid_hw[0] * self.preprocessor.grid_hw[1])
         self.prefix_tokens = [*self._before_picture, *placeholders, *chat.after_picture()]
@@ -421,9 +413,13 @@ def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
     """Specs of the three graphs of a policy of these sizes, by the names that the manifest gives their files."""
     return {
         "vision": vision_spec(
-            patch_dim=3 * manifest.patch_size**2, head_dim=manifest.vision_head_dim, hidden_size=manifest.hidden_size
+            patch_dim=3 * manifest.patch_size**2,
+            head_dim=manifest.vision_head_dim,
+            hidden_size=manifest.hidden_size,
+            deepstack=manifest.deepstack,
+            learned_positions=manifest.position_side > 0,
         ),
-        "embedding": embedding_spec(hidden_size=manifest.hidden_size),
+        "embedding": embedding_spec(hidden_size=manifest.hidden_size, deepstack=manifest.deepstack),
         "decoder": decoder_spec(
             flavour=manifest.flavour,
             num_layers=manifest.num_layers,
@@ -432,6 +428,7 @@ def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
             hidden_size=manifest.hidden_size,
             vocab_size=manifest.vocab_size,
             cache_dtype=manifest.cache_dtype,
+            deepstack=manifest.deepstack,
         ),
     }
 
@@ -441,19 +438,8 @@ def _cache_sizes(manifest: PolicyManifest) -> CacheSizes:
         num_layers=manifest.num_layers,
         num_kv_heads=manifest.num_kv_heads,
         head_dim=manifest.head_dim,
-        hidden_size=manifest.hidden_size,
+        hidden_size=embeds_width(manifest.hidden_size, manifest.deepstack),
         vocab_size=manifest.vocab_size,
-    )
-
-
-def _layout(manifest: PolicyManifest, grid_hw: tuple[int, int]) -> VisionLayout:
-    return vision_layout(
-        grid_hw,
-        merge_size=manifest.merge_size,
-        window_tokens=manifest.window_size // (manifest.patch_size * manifest.merge_size),
-        head_dim=manifest.vision_head_dim,
-        theta=VISION_ROPE_THETA,
-        masked=MASKED,
     )
 
 

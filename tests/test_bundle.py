@@ -13,6 +13,8 @@ from segzero_rt.bundle import Bundle, write_bundle
 from segzero_rt.errors import BundleError
 from segzero_rt.manifest import (
     FORMAT_VERSION,
+    INPUT_PIXELS,
+    RELATIVE_1000,
     FileRecord,
     Manifest,
     PolicyGraphs,
@@ -310,12 +312,24 @@ def test_a_manifest_with_a_wrong_field(folder: Path, changes: dict[str, object],
         ("image_std", [0.0, 0.1, 0.1]),
         ("image_mean", [0.1, 0.1]),
         ("max_length", 1.5),
+        ("deepstack", -1),
+        ("deepstack", 99),
+        ("position_side", -2),
+        ("coordinates", "inches"),
+        ("mrope_interleaved", 1),
     ],
 )
 def test_a_policy_with_an_impossible_value(folder: Path, field: str, value: object) -> None:
     policy = json.loads((folder / "manifest.json").read_text())["policy"]
     edit_manifest(folder, policy=policy | {field: value})
     assert field.split("_")[0] in refused(folder) or "token ids" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("coordinates", "size_hw"), [(INPUT_PIXELS, MANIFEST.policy.input_size_hw), (RELATIVE_1000, (1000, 1000))]
+)
+def test_answers_count_up_to_the_picture_s_sides_or_to_a_thousand(coordinates: str, size_hw: tuple[int, int]) -> None:
+    assert dataclasses.replace(MANIFEST.policy, coordinates=coordinates).answer_size_hw == size_hw
 
 
 def test_two_names_that_differ_only_in_case_are_refused() -> None:

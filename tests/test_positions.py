@@ -41,6 +41,34 @@ def reference_model(vision_heads: int = 4) -> object:
     return transformers.Qwen2_5_VLModel(config)
 
 
+def qwen3_model(num_positions: int = 36, mrope_section: tuple[int, ...] = (6, 5, 5)) -> object:
+    """Qwen3-VL without depth."""
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            "vocab_size": 50,
+            "hidden_size": 64,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 40.0, "mrope_section": list(mrope_section)},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "num_position_embeddings": num_positions,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=7,
+        vision_start_token_id=8,
+        vision_end_token_id=9,
+    )
+    return transformers.Qwen3VLModel(config)
+
+
 def test_a_picture_of_two_by_three_as_drawn() -> None:
     positions = mrope_positions(11, PictureSpan(start=2, grid_hw=(2, 3)))
     assert positions.tolist() == [
@@ -57,11 +85,12 @@ def test_positions_equal_transformers(grid_hw: tuple[int, int], before: int, aft
     span = PictureSpan(start=before, grid_hw=grid_hw)
     ids = torch.tensor([[1] * before + [7] * span.num_tokens + [1] * after])
     grid = torch.tensor([[1, 2 * grid_hw[0], 2 * grid_hw[1]]])
-    want, delta = reference_model().get_rope_index(ids, (ids == 7).int(), image_grid_thw=grid)
-    got = mrope_positions(ids.shape[1], span)
-    np.testing.assert_array_equal(got, want[:, 0].numpy())
-    if after:
-        assert span.mrope_delta == int(delta)
+    for model in (reference_model(), qwen3_model()):
+        want, delta = model.get_rope_index(ids, (ids == 7).int(), image_grid_thw=grid)
+        got = mrope_positions(ids.shape[1], span)
+        np.testing.assert_array_equal(got, want[:, 0].numpy())
+        if after:
+            assert span.mrope_delta == int(delta)
 
 
 def test_text_alone_counts_up() -> None:
@@ -85,6 +114,37 @@ def test_the_rotary_table_equals_transformers_at_every_place(grid_hw: tuple[int,
     for got, reference in zip(table.rows(span), want, strict=True):
         np.testing.assert_allclose(np.concatenate([got, got], axis=-1), reference[0].numpy(), atol=2e-6)
         assert got.flags.c_contiguous, "it is bound as it lies in memory"
+
+
+@pytest.mark.parametrize("section", [(6, 5, 5), (12, 2, 2), (5, 6, 5)], ids=["even", "mostly-time", "rows-most"])
+def test_the_interleaved_rotary_table_equals_transformers(section: tuple[int, int, int]) -> None:
+    span = PictureSpan(start=5, grid_hw=(3, 7))
+    table = MropeTable(head_dim=32, theta=40.0, mrope_section=section, max_length=60, interleaved=True)
+    positions = torch.from_numpy(mrope_positions(60, span))[:, None]
+    want = qwen3_model(mrope_section=section).language_model.rotary_emb(torch.zeros(1), positions)
+    in_runs = MropeTable(head_dim=32, theta=40.0, mrope_section=section, max_length=60).rows(span)
+    for got, reference, other in zip(table.rows(span), want, in_runs, strict=True):
+        np.testing.assert_allclose(np.concatenate([got, got], axis=-1), reference[0].numpy(), atol=2e-6)
+        assert np.abs(got - other).max() > 0.1, "or the order of axes would not be tested"
+
+
+@pytest.mark.parametrize("side", [1, 6, 48])
+@pytest.mark.parametrize("grid_hw", GRIDS)
+def test_learned_positions_equal_transformers(grid_hw: tuple[int, int], side: int) -> None:
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    layout = vision_layout(
+        grid_hw, merge_size=2, window_tokens=4, head_dim=16, theta=1e4, masked=-3e4, position_side=side
+    )
+    grid = torch.tensor([[1, 2 * grid_hw[0], 2 * grid_hw[1]]])
+    taps, weights = get_vision_interpolation_indices_and_weights(
+        grid, side, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    square = np.random.default_rng(0).normal(size=(side * side, 3))
+    want = (square[taps.numpy()] * weights.numpy()[..., None]).sum(axis=1)[layout.patch_order]
+    got = (square[layout.position_taps] * layout.position_weights[..., None]).sum(axis=1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert {"position_taps", "position_weights"} <= set(layout.inputs())
 
 
 def test_a_section_that_does_not_fill_the_head_is_refused() -> None:

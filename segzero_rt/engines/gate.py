@@ -21,8 +21,7 @@ from segzero_rt.graph import Array, Graph
 from segzero_rt.graph_spec import MASKED
 from segzero_rt.graph_spec_segmenter import LABEL_BOTTOM_RIGHT, LABEL_INSIDE, LABEL_NOTHING, LABEL_TOP_LEFT
 from segzero_rt.manifest import GATE_PASSED, PolicyManifest
-from segzero_rt.policy import VISION_ROPE_THETA
-from segzero_rt.positions import MropeTable, PictureSpan, vision_layout
+from segzero_rt.positions import PictureSpan, policy_layout, policy_rotary
 
 FLOAT32_LIMIT, NARROW_LIMIT = 1e-3, 3e-2
 """Largest relative error of an engine that computes in float32 alone, and of one that computes in 16 bits or fewer."""
@@ -91,15 +90,7 @@ def example_inputs(bundle: Bundle, name: str, record: EngineRecord) -> list[dict
 
 
 def _vision(policy: PolicyManifest, rng: np.random.Generator) -> dict[str, Array]:
-    cell = policy.patch_size * policy.merge_size
-    layout = vision_layout(
-        (policy.input_size_hw[0] // cell, policy.input_size_hw[1] // cell),
-        merge_size=policy.merge_size,
-        window_tokens=policy.window_size // cell,
-        head_dim=policy.vision_head_dim,
-        theta=VISION_ROPE_THETA,
-        masked=MASKED,
-    )
+    layout = policy_layout(policy)
     patches = rng.normal(0, 1, (1, len(layout.patch_order), 3 * policy.patch_size**2)).astype(np.float32)
     return {"patches": patches, **layout.inputs()}
 
@@ -111,13 +102,7 @@ def _decoder(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], rng: np.rand
     batch, new, _ = shapes["inputs_embeds"]
     capacity = next(shape[2] for name, shape in shapes.items() if name.startswith("past_"))
     held = min(_PAST_ROWS, capacity) if new == 1 else 0
-    table = MropeTable(
-        head_dim=policy.head_dim,
-        theta=policy.rope_theta,
-        mrope_section=policy.mrope_section,
-        max_length=policy.max_length,
-    )
-    cos, sin = table.rows(PictureSpan(start=0, grid_hw=(2, 2)))
+    cos, sin = policy_rotary(policy).rows(PictureSpan(start=0, grid_hw=(2, 2)))
     places = np.minimum(held + np.arange(new), policy.max_length - 1)
     bias = np.full((batch, 1, new, capacity + new), MASKED, np.float32)
     bias[..., :held] = 0.0
