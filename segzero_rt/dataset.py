@@ -80,6 +80,19 @@ class Sample:
     """Every further key of the line, as it stood."""
     source: str = ""
     """`file:line`, for messages and records."""
+    sample_id: str = ""
+    """What the data set calls this question; not every set keeps them unique."""
+    image_data: bytes | None = None
+    """The picture's file where it stands inside another one (parquet); `image_path` then only names it."""
+    as_stored: bool = False
+    """Pixels are taken as they are stored, whatever the picture's EXIF tag says."""
+    ignore_rle: Mapping[str, Any] | None = None
+    """COCO RLE of pixels that count neither as found nor as missed."""
+
+    @property
+    def picture(self) -> tuple[Path, bytes | None]:
+        """Equal for two samples exactly when their picture is the same."""
+        return self.image_path, self.image_data
 
     @property
     def image_rgb(self) -> NDArray[np.uint8]:
@@ -89,7 +102,8 @@ class Sample:
             DatasetError: the file cannot be decoded.
         """
         try:
-            image_rgb = load_image(self.image_path)
+            source = self.image_path if self.image_data is None else self.image_data
+            image_rgb = load_image(source, upright=not self.as_stored)
         except ImageError as error:
             raise DatasetError(f"{self.source}: cannot decode {error}; replace it") from error
         if image_rgb.shape[:2] != self.size_hw:  # turned by an EXIF tag, which the masks know nothing of
@@ -105,6 +119,11 @@ class Sample:
         if not self.objects:
             return np.zeros((0, *self.size_hw), dtype=bool)
         return np.stack([one.mask for one in self.objects])
+
+    @property
+    def ignored(self) -> NDArray[np.bool_]:
+        """bool [H, W]: pixels that count neither as found nor as missed."""
+        return np.zeros(self.size_hw, np.bool_) if self.ignore_rle is None else decode_rle(self.ignore_rle)
 
     @property
     def boxes_xyxy(self) -> NDArray[np.float32]:

@@ -43,6 +43,10 @@ class DatasetError(SegZeroError):
     """A dataset folder is missing, incomplete, or a line of its annotations cannot be read."""
 
 
+class MissingPackageError(SegZeroError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 class ExportError(SegZeroError):
     """A checkpoint cannot be exported, or its export failed a gate; no bundle was written."""
 

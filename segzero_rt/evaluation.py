@@ -3,6 +3,10 @@
 * gIoU is the mean over samples of IoU(union of predicted masks, union of true masks). A sample without objects scores 1
   when the prediction is empty, else 0. (Seg-Zero, arXiv:2503.06520; the rule for "none" is gRefCOCO's.)
 * cIoU is the sum of intersections over the sum of unions, so large objects weigh more.
+* Box accuracy matches boxes one to one, best pair first; the share of pairs above IoU 0.5 in the longer list. With one
+  true and one predicted box that is the usual "accuracy at 0.5"; misses and extras count against it.
+* Point accuracy is the share of the reply's points that lie on a true object, 0 where there is no point at all.
+* Pixels that a data set says to ignore are taken out of both masks, as LISA (arXiv:2308.00692) scores ReasonSeg.
 * What fails (a question that the policy cannot take, say) counts as IoU 0 and is listed with its message.
 
 Everything here is arithmetic on values; no model is needed to test it.
@@ -12,8 +16,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from numpy.typing import NDArray
 from segzero_rt.answer import AnswerStatus
 from segzero_rt.dataset import Sample
 from segzero_rt.errors import SegZeroError
+from segzero_rt.evaluation_bootstrap import NUM_DRAWS, mean_interval, ratio_interval
+from segzero_rt.mask import encode_rle
 from segzero_rt.segmentation import Segmentation
 
 Predict = Callable[[Sample, NDArray[np.uint8]], Segmentation]
@@ -31,6 +37,9 @@ Predict = Callable[[Sample, NDArray[np.uint8]], Segmentation]
 _PARSED = frozenset({AnswerStatus.OK.value, AnswerStatus.NONE_FOUND.value})
 FAILED = "failed"
 """Status of a record whose prediction raised a `SegZeroError`."""
+BROKEN_KIND = "broken"
+"""Kind of the one record of a picture that its data set does not give, where that is counted instead of refused."""
+BOX_IOU_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +56,10 @@ class Record:
     union: int
     box_iou: float | None
     """Mean IoU of boxes, see `mean_box_iou`; None when neither side has a box."""
+    box_accuracy: float | None = None
+    """Share of boxes above IoU 0.5; None when neither side has a box."""
+    point_accuracy: float | None = None
+    """Share of the reply's points on a true object; None where nothing is true, or a reply has boxes and no points."""
     num_objects: int
     num_predicted: int
     status: str
@@ -56,13 +69,47 @@ class Record:
     thinking: str = ""
     boxes_xyxy: list[list[float]] = field(default_factory=list)
     error: str | None = None
+    sample_id: str = ""
+    """What the data set calls the question; not every set keeps them unique, `source` is."""
+    points_xy: list[list[list[float]]] = field(default_factory=list)
+    """Points of each box, in pixels of the picture."""
+    masks_rle: list[dict[str, Any]] | None = None
+    """COCO RLE of each predicted mask, where they were asked for."""
+    thinking_tokens: int | None = None
+    """Tokens of the thinking alone, without tags; None where nothing counts them."""
+    reply_tokens: int | None = None
+    """Tokens of the whole reply."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Record:
+        """Reads what `to_json` wrote.
 
-def evaluate(samples: Iterable[Sample], predict: Predict) -> Iterator[tuple[Record, Segmentation | None]]:
+        Raises:
+            ValueError: fields are missing, or others came.
+        """
+        known = {one.name for one in fields(cls)}
+        if entry.keys() != known:
+            raise ValueError(f"expected a record of {sorted(known)}, got {sorted(entry)}")
+        return cls(**entry)
+
+
+def evaluate(
+    samples: Iterable[Sample],
+    predict: Predict,
+    *,
+    count_tokens: Callable[[str], int] | None = None,
+    keep_masks: bool = False,
+) -> Iterator[tuple[Record, Segmentation | None]]:
     """Predicts and scores one sample at a time, in order.
+
+    Args:
+        samples: those on one picture best stand together: the picture is then decoded once.
+        predict: makes a result of a sample and its picture.
+        count_tokens: how many tokens a text has, for `thinking_tokens`.
+        keep_masks: whether records hold the predicted masks.
 
     Yields:
         The record and the result it was made from, which is None where the prediction raised a `SegZeroError`.
@@ -70,11 +117,11 @@ def evaluate(samples: Iterable[Sample], predict: Predict) -> Iterator[tuple[Reco
     Raises:
         DatasetError: a picture cannot be decoded. That is the dataset's fault and stops, before it looks like a score.
     """
-    image_path: Path | None = None
+    picture: tuple[Path, bytes | None] | None = None
     image_rgb = np.zeros((0, 0, 3), dtype=np.uint8)
     for sample in samples:
-        if sample.image_path != image_path:
-            image_path, image_rgb = sample.image_path, sample.image_rgb
+        if sample.picture != picture:
+            picture, image_rgb = sample.picture, sample.image_rgb
         start = time.perf_counter()
         error: str | None = None
         result: Segmentation | None = None
@@ -82,21 +129,37 @@ def evaluate(samples: Iterable[Sample], predict: Predict) -> Iterator[tuple[Reco
             result = predict(sample, image_rgb)
         except SegZeroError as raised:
             error = f"{type(raised).__name__}: {raised}"
-        yield score_sample(sample, result, latency_ms=(time.perf_counter() - start) * 1e3, error=error), result
+        latency_ms = (time.perf_counter() - start) * 1e3
+        record = score_sample(
+            sample, result, latency_ms=latency_ms, error=error, count_tokens=count_tokens, keep_masks=keep_masks
+        )
+        yield record, result
 
 
-def score_sample(sample: Sample, result: Segmentation | None, *, latency_ms: float, error: str | None = None) -> Record:
+def score_sample(
+    sample: Sample,
+    result: Segmentation | None,
+    *,
+    latency_ms: float,
+    error: str | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    keep_masks: bool = False,
+) -> Record:
     """The record of one result; `result` None means that the prediction failed, which scores 0 whatever was true."""
-    truth = np.asarray(sample.masks.any(axis=0), np.bool_)
-    predicted = np.zeros_like(truth) if result is None else result.union
+    scored = ~sample.ignored
+    truth = np.asarray(sample.masks.any(axis=0), np.bool_) & scored
+    predicted = np.zeros_like(truth) if result is None else result.union & scored
     intersection, union = mask_overlap(predicted, truth)
     if result is None:
         iou = 0.0
     elif sample.objects:
-        iou = intersection / union
+        iou = intersection / union if union else 0.0
     else:
         iou = 0.0 if len(result) else 1.0
     boxes = np.zeros((0, 4), dtype=np.float32) if result is None else result.boxes_xyxy
+    prompts = () if result is None else result.answer.prompts
+    points = [[[float(x), float(y)] for x, y in prompt.points_xy] for prompt in prompts]
+    thinking = "" if result is None else result.answer.thinking
     return Record(
         source=sample.source,
         image=f"{sample.image_path.parent.name}/{sample.image_path.name}",
@@ -106,12 +169,43 @@ def score_sample(sample: Sample, result: Segmentation | None, *, latency_ms: flo
         intersection=intersection,
         union=union,
         box_iou=mean_box_iou(boxes, sample.boxes_xyxy),
+        box_accuracy=box_accuracy(boxes, sample.boxes_xyxy),
+        point_accuracy=point_accuracy(points, truth) if sample.objects else None,
         num_objects=len(sample.objects),
         num_predicted=len(boxes),
         status=FAILED if result is None else result.answer.status.value,
         latency_ms=latency_ms,
-        thinking="" if result is None else result.answer.thinking,
+        thinking=thinking,
         boxes_xyxy=[[float(value) for value in box] for box in boxes],
+        error=error,
+        sample_id=sample.sample_id,
+        points_xy=points,
+        masks_rle=[encode_rle(mask) for mask in result.masks] if keep_masks and result is not None else None,
+        thinking_tokens=count_tokens(thinking) if count_tokens is not None and result is not None else None,
+        reply_tokens=None if result is None else result.decode_counts.get("tokens"),
+    )
+
+
+def broken_record(source: str, image: str, error: str) -> Record:
+    """A picture that its data set does not give, as a question that was missed.
+
+    Its true area is not known, so it cannot weigh in cIoU; everything else counts 0.
+    """
+    return Record(
+        source=source,
+        image=image,
+        text="",
+        kind=BROKEN_KIND,
+        iou=0.0,
+        intersection=0,
+        union=0,
+        box_iou=0.0,
+        box_accuracy=0.0,
+        point_accuracy=0.0,
+        num_objects=1,
+        num_predicted=0,
+        status=FAILED,
+        latency_ms=0.0,
         error=error,
     )
 
@@ -146,13 +240,41 @@ def mean_box_iou(predicted_xyxy: NDArray[np.float32], truth_xyxy: NDArray[np.flo
     """Matches boxes one to one, best pair first, and averages over the longer list: misses and extras count 0."""
     if not len(predicted_xyxy) and not len(truth_xyxy):
         return None
+    return sum(_matched_ious(predicted_xyxy, truth_xyxy)) / max(len(predicted_xyxy), len(truth_xyxy))
+
+
+def box_accuracy(predicted_xyxy: NDArray[np.float32], truth_xyxy: NDArray[np.float32]) -> float | None:
+    """The share of pairs, matched likewise, above IoU 0.5, in the longer list."""
+    if not len(predicted_xyxy) and not len(truth_xyxy):
+        return None
+    right = sum(iou > BOX_IOU_THRESHOLD for iou in _matched_ious(predicted_xyxy, truth_xyxy))
+    return right / max(len(predicted_xyxy), len(truth_xyxy))
+
+
+def _matched_ious(predicted_xyxy: NDArray[np.float32], truth_xyxy: NDArray[np.float32]) -> list[float]:
     ious = box_ious(predicted_xyxy, truth_xyxy)
-    total = 0.0
+    matched = []
     for _ in range(min(ious.shape)):
         row, column = np.unravel_index(int(ious.argmax()), ious.shape)
-        total += max(0.0, float(ious[row, column]))
+        matched.append(max(0.0, float(ious[row, column])))
         ious[row, :] = ious[:, column] = -1.0
-    return total / max(len(predicted_xyxy), len(truth_xyxy))
+    return matched
+
+
+def point_accuracy(points_xy: Sequence[Sequence[Sequence[float]]], truth: NDArray[np.bool_]) -> float | None:
+    """The share of points (per predicted object, in pixels) on the bool [H, W] truth; a far edge belongs to its pixel.
+
+    Nothing predicted is 0; predictions that come without points (boxes alone) are None.
+    """
+    if not points_xy:
+        return 0.0
+    height, width = truth.shape
+    hits = [
+        0 <= x <= width and 0 <= y <= height and bool(truth[min(int(y), height - 1), min(int(x), width - 1)])
+        for of_one in points_xy
+        for x, y in of_one
+    ]
+    return sum(hits) / len(hits) if hits else None
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
@@ -169,8 +291,12 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "giou": _mean(record.iou for record in records),
         "giou_interval_95": list(giou_interval(records)),
         "ciou": _ciou(records),
+        "ciou_interval_95": _ciou_interval(records),
         "box_iou": _mean(record.box_iou for record in having if record.box_iou is not None),
+        **_accuracy(having, "box_accuracy"),
+        **_accuracy(having, "point_accuracy"),
         "num_samples": len(records),
+        "num_pictures": len({record.image for record in records}),
         "num_failed": sum(record.status == FAILED for record in records),
         "parse_rate": _mean(record.status in _PARSED for record in records),
         "none_accuracy": _mean(record.status == AnswerStatus.NONE_FOUND.value for record in without),
@@ -180,8 +306,21 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
             kind: _summarize_kind([record for record in records if record.kind == kind])
             for kind in sorted({record.kind for record in records})
         },
+        "thinking_tokens": _token_counts(record.thinking_tokens for record in records),
+        "reply_tokens": _token_counts(record.reply_tokens for record in records),
         "latency_ms": percentiles([record.latency_ms for record in records]),
     }
+
+
+def _accuracy(having: Sequence[Record], name: str) -> dict[str, Any]:
+    known = [(record.image, value) for record in having if (value := getattr(record, name)) is not None]
+    interval = list(mean_interval(*map(list, zip(*known, strict=True)))) if known else None
+    return {name: _mean(value for _, value in known), f"{name}_interval_95": interval}
+
+
+def _token_counts(counts: Iterable[int | None]) -> dict[str, float] | None:
+    known = [float(count) for count in counts if count is not None]
+    return {"mean": sum(known) / len(known), **percentiles(known)} if known else None
 
 
 def _summarize_kind(records: Sequence[Record]) -> dict[str, Any]:
@@ -193,13 +332,22 @@ def _summarize_kind(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def giou_interval(records: Sequence[Record], *, num_draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def giou_interval(records: Sequence[Record], *, num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of gIoU. Pictures are drawn, not questions: questions on one picture fail together."""
-    return _interval([record.image for record in records], [record.iou for record in records], num_draws, seed)
+    images = [record.image for record in records]
+    return mean_interval(images, [record.iou for record in records], num_draws=num_draws, seed=seed)
+
+
+def _ciou_interval(records: Sequence[Record]) -> list[float] | None:
+    unions = [float(record.union) for record in records]
+    if not any(unions):
+        return None
+    intersections = [float(record.intersection) for record in records]
+    return list(ratio_interval([record.image for record in records], intersections, unions))
 
 
 def giou_loss(
-    records: Sequence[Record], reference: Sequence[Record], *, num_draws: int = 2000, seed: int = 0
+    records: Sequence[Record], reference: Sequence[Record], *, num_draws: int = NUM_DRAWS, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """How much gIoU `records` lose against `reference`, with its 95 % interval from a paired bootstrap over pictures.
 
@@ -211,27 +359,13 @@ def giou_loss(
             f"expected records of the same questions in the same order, got {len(records)} and {len(reference)}"
         )
     losses = [theirs.iou - ours.iou for ours, theirs in zip(records, reference, strict=True)]
-    return sum(losses) / len(losses), _interval([record.image for record in records], losses, num_draws, seed)
+    return sum(losses) / len(losses), mean_interval(
+        [record.image for record in records], losses, num_draws=num_draws, seed=seed
+    )
 
 
 def _asked(record: Record) -> tuple[str, str]:
     return record.source, record.text
-
-
-def _interval(images: Sequence[str], values: Sequence[float], num_draws: int, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of `values`, whole pictures drawn with replacement."""
-    pictures = sorted(set(images))
-    index = {picture: position for position, picture in enumerate(pictures)}
-    where = np.array([index[image] for image in images])
-    sums = np.bincount(where, weights=values)
-    counts = np.bincount(where)
-    rng = np.random.default_rng(seed)
-    means = np.empty(num_draws)
-    for draw in range(num_draws):
-        drawn = rng.integers(0, len(pictures), len(pictures))
-        means[draw] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

@@ -41,11 +41,15 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyErr
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-def load_image(source: str | os.PathLike[str] | bytes) -> ImageRgb:
+def load_image(source: str | os.PathLike[str] | bytes, *, upright: bool = True) -> ImageRgb:
     """Read a picture from a path or from the bytes of a file.
 
+    Args:
+        source: path, or the bytes of a file.
+        upright: False leaves the pixels as they are stored, whatever the EXIF tag says: what annotations mean.
+
     Returns:
-        uint8 [H, W, 3], RGB, upright.
+        uint8 [H, W, 3], RGB.
 
     Raises:
         ImageError: missing, a folder, not a picture, truncated or damaged, without pixels, of more than `MAX_PIXELS`,
@@ -63,7 +67,7 @@ def load_image(source: str | os.PathLike[str] | bytes) -> ImageRgb:
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_size(name, picture.size)
             picture.load()
-            return _to_rgb(name, picture)
+            return _to_rgb(name, picture, upright=upright)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS // 10**6} megapixels, got far more") from error
     except UnidentifiedImageError as error:
@@ -124,10 +128,11 @@ def _check_size(name: str, size_wh: tuple[int, int]) -> None:
         )
 
 
-def _to_rgb(name: str, picture: Image.Image) -> ImageRgb:
+def _to_rgb(name: str, picture: Image.Image, *, upright: bool) -> ImageRgb:
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    if upright:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("F", "I") and not _holds_16_bits(picture):
         raise ImageError(f"{name}: expected 8 or 16 bits a channel, got {picture.mode} (32 bits); convert it first")
     if picture.mode.startswith("I"):

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import base64
-import heapq
 import html
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.caption import drawable
-from segzero_rt.dataset import Sample
-from segzero_rt.evaluation import Record
-from segzero_rt.overlay import draw_overlay
-from segzero_rt.segmentation import Segmentation
+from segzero_rt.evaluation import FAILED, Record
+from segzero_rt.report_gallery import Drawing
 
 SUFFIXES = (".html", ".md")
-_PICTURE_SIDE_PX = 480
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #888; }
@@ -38,59 +26,38 @@ figcaption, .dim { color: var(--dim); font-size: 13px; }
 """
 
 
-@dataclass(kw_only=True)
-class Gallery:
-    """Keeps the pictures of the `size` worst answers of a run, in memory that does not grow with the dataset."""
+def render_html(summary: Mapping[str, Any], records: Sequence[Record], worst: Sequence[Drawing]) -> str:
+    """One self-contained page: nothing is loaded from anywhere, whatever a dataset or a model wrote.
 
-    size: int = 24
-    """0 keeps and draws none."""
-    _worst: list[tuple[float, int, Record, bytes, bytes]] = field(default_factory=list)
-    _seen: int = 0
-
-    def add(self, sample: Sample, record: Record, result: Segmentation | None) -> None:
-        """Draws the answer if it is among the worst so far; of equals, the first stay."""
-        if not self.size:
-            return
-        self._seen += 1
-        key = (-record.iou, -self._seen)
-        if len(self._worst) == self.size and key <= self._worst[0][:2]:
-            return
-        image_rgb = sample.image_rgb
-        given = Segmentation.empty(Answer(status=AnswerStatus.MALFORMED), sample.size_hw) if result is None else result
-        entry = (
-            *key,
-            record,
-            _jpeg(draw_overlay(image_rgb, given, caption=False)),
-            _jpeg(draw_overlay(image_rgb, _truth(sample), caption=False)),
-        )
-        (heapq.heappushpop if len(self._worst) == self.size else heapq.heappush)(self._worst, entry)
-
-    @property
-    def worst_first(self) -> list[tuple[Record, bytes, bytes]]:
-        """Record, JPEG of the answer, JPEG of the truth."""
-        return [
-            (record, given, true) for _, _, record, given, true in sorted(self._worst, key=lambda one: one[:2])[::-1]
-        ]
-
-
-def render_html(summary: dict[str, Any], gallery: Gallery) -> str:
-    """One self-contained page: nothing is loaded from anywhere, whatever a dataset or a model wrote."""
-    facts = "".join(f"<tr><th>{html.escape(name)}</th><td class=n>{value}</td></tr>" for name, value in _facts(summary))
+    Args:
+        summary: of `summarize`, with what the command adds.
+        records: all of them; what failed is listed.
+        worst: of `draw_worst`.
+    """
+    facts = "".join(
+        f"<tr><th>{html.escape(name)}</th><td class=n>{html.escape(value)}</td></tr>" for name, value in _facts(summary)
+    )
     kinds = "".join(
         f"<tr><td>{html.escape(drawable(kind))}</td>" + "".join(f"<td class=n>{value}</td>" for value in row) + "</tr>"
         for kind, row in _kind_rows(summary)
     )
     head = "".join(f"<th class=n>{name}</th>" for name in _KIND_COLUMNS)
-    articles = "".join(_article(record, given, true) for record, given, true in gallery.worst_first)
+    articles = "".join(_article(drawing) for drawing in worst)
+    failures = "".join(
+        f"<li>{html.escape(record.error or '')} <span class=dim>{html.escape(record.source)}</span></li>"
+        for record in records
+        if record.status == FAILED
+    )
+    failed = f"<h2>Failed, counted as IoU 0</h2><ul>{failures}</ul>" if failures else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>segzero eval</title><style>{_STYLE}</style>"
         f"<h1>segzero eval</h1><table>{facts}</table>"
-        f"<h2>By kind of question</h2><table><tr><th>kind</th>{head}</tr>{kinds}</table>"
+        f"<h2>By kind of question</h2><table><tr><th>kind</th>{head}</tr>{kinds}</table>{failed}"
         f"<h2>Worst answers</h2>{articles}</html>\n"
     )
 
 
-def render_text(summary: dict[str, Any]) -> str:
+def render_text(summary: Mapping[str, Any]) -> str:
     """The tables for a terminal."""
     facts = _facts(summary)
     width = max(len(name) for name, _ in facts)
@@ -102,7 +69,7 @@ def render_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render_markdown(summary: dict[str, Any], records: Sequence[Record], *, num_worst: int = 24) -> str:
+def render_markdown(summary: Mapping[str, Any], records: Sequence[Record], *, num_worst: int = 24) -> str:
     """The tables of the page, and the worst answers in words."""
     lines = ["# segzero eval", "", "| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in _facts(summary))]
     lines += ["", f"| kind | {' | '.join(_KIND_COLUMNS)} |", "|---|" + "---:|" * len(_KIND_COLUMNS)]
@@ -117,56 +84,57 @@ def render_markdown(summary: dict[str, Any], records: Sequence[Record], *, num_w
 _KIND_COLUMNS = ("gIoU", "cIoU", "box IoU", "samples")
 
 
-def _kind_rows(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _kind_rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     return [
         (kind, [_number(row["giou"]), _number(row["ciou"]), _number(row["box_iou"]), str(row["num_samples"])])
         for kind, row in summary["by_kind"].items()
     ]
 
 
-def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    low, high = summary["giou_interval_95"]
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     latency = summary["latency_ms"]
-    return [
-        ("gIoU", f"{summary['giou']:.4f} ({low:.4f} to {high:.4f})"),
-        ("cIoU", _number(summary["ciou"])),
+    facts = [
+        ("gIoU", _interval(summary, "giou")),
+        ("cIoU", _interval(summary, "ciou")),
         ("box IoU", _number(summary["box_iou"])),
+        ("boxes above IoU 0.5", _interval(summary, "box_accuracy")),
+        ("points on the object", _interval(summary, "point_accuracy")),
         ("samples", str(summary["num_samples"])),
+        ("pictures", str(summary["num_pictures"])),
         ("failed", str(summary["num_failed"])),
         ("answers that parse", _number(summary["parse_rate"])),
         ("no such object, said so", _number(summary["none_accuracy"])),
         ("said none, was there", _number(summary["false_none_rate"])),
+        ("thinking tokens, mean", _mean_count(summary["thinking_tokens"])),
+        ("reply tokens, mean", _mean_count(summary["reply_tokens"])),
         ("latency p50 / p90 / p99, ms", " / ".join(f"{latency[name]:.1f}" for name in ("p50", "p90", "p99"))),
     ]
+    return [*facts, *((name.replace("_", " "), str(value)) for name, value in summary.get("scoring", {}).items())]
 
 
-def _article(record: Record, given: bytes, true: bytes) -> str:
+def _interval(summary: Mapping[str, Any], name: str) -> str:
+    mean, interval = _number(summary[name]), summary[f"{name}_interval_95"]
+    return mean if interval is None else f"{mean} ({interval[0]:.4f} to {interval[1]:.4f})"
+
+
+def _mean_count(counts: Mapping[str, float] | None) -> str:
+    return "not counted" if counts is None else f"{counts['mean']:.1f}"
+
+
+def _article(drawing: Drawing) -> str:
+    record = drawing.record
     thinking = html.escape(record.error or record.thinking)
+    pictures = (("answer", drawing.answer_jpeg), ("truth", drawing.truth_jpeg))
+    figures = "".join(
+        f"<figure><img alt='{name}' src='{_data_uri(jpeg)}'><figcaption>{name}</figcaption></figure>"
+        for name, jpeg in pictures
+        if jpeg is not None
+    )
     return (
         f"<article><h3>{html.escape(record.text)}</h3>"
         f"<p>IoU {record.iou:.3f}, {html.escape(record.status)}, {html.escape(record.kind)} "
-        f"<span class=dim>{html.escape(record.source)}</span></p><p class=dim>{thinking}</p>"
-        f"<figure><img alt='answer' src='{_data_uri(given)}'><figcaption>answer</figcaption></figure>"
-        f"<figure><img alt='truth' src='{_data_uri(true)}'><figcaption>truth</figcaption></figure></article>"
+        f"<span class=dim>{html.escape(record.source)}</span></p><p class=dim>{thinking}</p>{figures}</article>"
     )
-
-
-def _truth(sample: Sample) -> Segmentation:
-    prompts = tuple(Prompt(box_xyxy=one.box_xyxy) for one in sample.objects)
-    return Segmentation(
-        masks=sample.masks,
-        scores=np.ones(len(prompts), np.float32),
-        boxes_xyxy=sample.boxes_xyxy,
-        answer=Answer(status=AnswerStatus.OK if prompts else AnswerStatus.NONE_FOUND, prompts=prompts),
-    )
-
-
-def _jpeg(image_rgb: NDArray[np.uint8]) -> bytes:
-    picture = Image.fromarray(image_rgb)
-    picture.thumbnail((_PICTURE_SIDE_PX, _PICTURE_SIDE_PX))
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=85)
-    return encoded.getvalue()
 
 
 def _data_uri(jpeg: bytes) -> str:
@@ -180,8 +148,3 @@ def _number(value: float | None) -> str:
 def _cell(text: str) -> str:
     """Text inside a Markdown table: one line, no cell or HTML of its own."""
     return html.escape(" ".join(text.split())).replace("|", "\\|")
-
-
-def write_report(path: Path, summary: dict[str, Any], records: Sequence[Record], gallery: Gallery) -> str:
-    """The text for `path`, whose suffix is one of `SUFFIXES`."""
-    return render_html(summary, gallery) if path.suffix == ".html" else render_markdown(summary, records)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
+from segzero_rt.cli import make_parser
 from segzero_rt.commands import eval as eval_command
 from segzero_rt.commands.output_files import write_text
 from segzero_rt.dataset import DatasetWriter, LabeledObject, Sample
 from segzero_rt.errors import DatasetError, OutputError, QuestionError
-from segzero_rt.evaluation import Record, score_sample
-from segzero_rt.report import Gallery, render_html, render_markdown
+from segzero_rt.evaluation import score_sample, summarize
+from segzero_rt.evaluation_sets import EvaluationSet
+from segzero_rt.report import render_html, render_markdown
+from segzero_rt.report_gallery import draw_worst
 from segzero_rt.segmentation import Segmentation
 
 SIZE_HW = (20, 30)
@@ -47,6 +52,7 @@ class Pipeline:
     def __init__(self, folder: Path) -> None:
         (folder / "manifest.json").write_text("{}")
         self.bundle = SimpleNamespace(root=folder, manifest=SimpleNamespace(name="stand-in"))
+        self.policy = SimpleNamespace(chat=SimpleNamespace(reply_start=lambda text: text.split()))
         self.looks = 0
         self.asked: list[str] = []
 
@@ -86,14 +92,13 @@ def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     return stand_in
 
 
-def run(dataset: Path, **changes: Any) -> int:
-    defaults: dict[str, Any] = {"json": True, "limit": None, "records": None, "report": None, "reuse_view": False}
-    options = {**defaults, "format": None, "max_new_tokens": None, "dataset": str(dataset), **changes}
-    return eval_command.execute(argparse.Namespace(**options))
+def run(dataset: Path, *options: object) -> int:
+    arguments = make_parser(eval_command).parse_args([str(dataset), *map(str, options)])
+    return eval_command.execute(arguments)
 
 
 def test_document(dataset: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(dataset) == 0
+    assert run(dataset, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["giou"] == pytest.approx((1 + 0 + 1 + 0) / 4)
     assert document["num_samples"] == 8 and document["num_failed"] == 2
@@ -108,19 +113,19 @@ def test_document(dataset: Path, pipeline: Pipeline, capsys: pytest.CaptureFixtu
 def test_reused_view_looks_once_per_picture(
     dataset: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(dataset, reuse_view=True) == 0
+    assert run(dataset, "--json", "--reuse-view") == 0
     assert json.loads(capsys.readouterr().out)["giou"] == pytest.approx(0.5)
     assert pipeline.looks == 2 and len(pipeline.asked) == 9
 
 
 def test_limit_and_text(dataset: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(dataset, limit=3, json=False) == 0
+    assert run(dataset, "--limit", 3) == 0
     text = capsys.readouterr().out
     assert "gIoU" in text and "0.6667" in text and len(pipeline.asked) == 4
 
 
 def test_records_are_one_line_per_sample(dataset: Path, pipeline: Pipeline, tmp_path: Path) -> None:
-    assert run(dataset, records=str(tmp_path / "records.jsonl")) == 0
+    assert run(dataset, "--records", tmp_path / "records.jsonl") == 0
     rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
     assert [row["iou"] for row in rows] == [1.0, 0.0, 1.0, 0.0] * 2
     assert rows[3]["error"] == "QuestionError: too long" and rows[3]["source"].endswith("annotations.jsonl:4")
@@ -130,52 +135,45 @@ def test_records_are_one_line_per_sample(dataset: Path, pipeline: Pipeline, tmp_
 @pytest.mark.parametrize("suffix", [".html", ".md"])
 def test_report_is_written_and_escaped(dataset: Path, pipeline: Pipeline, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"report{suffix}"
-    assert run(dataset, report=str(path)) == 0
+    assert run(dataset, "--report", path) == 0
     text = path.read_text()
     assert "0.5000" in text and "&lt;script&gt;" in text and "<script" not in text and "<b>" not in text
     assert "http" not in text  # nothing is loaded from anywhere
     assert not list(tmp_path.glob(".report*"))
 
 
-def test_html_shows_the_worst_first() -> None:
+def test_html_shows_the_worst_first_and_reads_no_other_picture(tmp_path: Path) -> None:
     truth = LabeledObject.from_mask("mug", mask(5, 15))
-    gallery = Gallery(size=3)
-    summary = {"giou": 0.0, "giou_interval_95": [0, 0], "ciou": None, "box_iou": None, "num_samples": 5}
+    by_picture, samples, loaded = [], [], []
     for index, right in enumerate((15, 10, 6, 8, 12)):
-        asked = Sample(image_path=Path(__file__), text=f"q{index}", kind="name", size_hw=SIZE_HW, objects=(truth,))
-        record = score_sample(asked, found(mask(5, right)), latency_ms=1)
-        # The picture is read only for answers that are kept.
-        drawn = Drawn(asked)
-        gallery.add(drawn, record, found(mask(5, right)))  # type: ignore[arg-type]
-        assert drawn.reads == (0 if index == 4 else 1)
-    assert [record.text for record, _, _ in gallery.worst_first] == ["q2", "q3", "q1"]
-    rest = {"num_failed": 0, "parse_rate": 1.0, "none_accuracy": None, "false_none_rate": 0.0, "by_kind": {}}
-    page = render_html({**summary, **rest, "latency_ms": {"p50": 1, "p90": 1, "p99": 1}}, gallery)
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(np.zeros((*SIZE_HW, 3), np.uint8)).save(path)
+        asked = Sample(image_path=path, text=f"q{index}", kind="name", size_hw=SIZE_HW, objects=(truth,))
+        samples.append(asked)
+        record = score_sample(asked, found(mask(5, right)), latency_ms=1, keep_masks=True)
+        by_picture.append((str(index), [record]))
+
+    def load(index: int) -> list[Sample]:
+        loaded.append(index)
+        return [samples[index]]
+
+    stand_in = EvaluationSet(
+        num_pictures=5, facts={}, pictures=lambda: ((str(index), partial(load, index)) for index in range(5))
+    )
+    worst = draw_worst(stand_in, by_picture, size=3)
+    assert [drawing.record.text for drawing in worst] == ["q2", "q3", "q1"] and loaded == [1, 2, 3]
+    assert worst[0].answer_jpeg != worst[0].truth_jpeg
+    records = [record for _, of_one in by_picture for record in of_one]
+    page = render_html(summarize(records), records, worst)
     assert page.index(">q2<") < page.index(">q3<") < page.index(">q1<") and page.count("data:image/jpeg") == 6
 
 
-class Drawn:
-    """A sample with a picture in memory that counts its readings."""
-
-    def __init__(self, asked: Sample) -> None:
-        self.reads = 0
-        self.size_hw, self.objects = asked.size_hw, asked.objects
-        self.masks, self.boxes_xyxy = asked.masks, asked.boxes_xyxy
-
-    @property
-    def image_rgb(self) -> np.ndarray:
-        self.reads += 1
-        return np.zeros((*SIZE_HW, 3), np.uint8)
-
-
 def test_markdown_lists_the_worst_first() -> None:
-    base = dict.fromkeys(("ciou", "box_iou", "parse_rate", "none_accuracy", "false_none_rate"))
-    summary = {**base, "giou": 0.5, "giou_interval_95": [0.4, 0.6], "num_samples": 2, "num_failed": 0, "by_kind": {}}
     asked = Sample(image_path=Path("images/0.png"), text="a", kind="name", size_hw=SIZE_HW)
     good = score_sample(asked, Segmentation.empty(Answer(status=AnswerStatus.NONE_FOUND), SIZE_HW), latency_ms=1)
-    bad = Record(**{**{name: getattr(good, name) for name in Record.__slots__}, "iou": 0.25, "text": "x | y"})
-    text = render_markdown({**summary, "latency_ms": {"p50": 1, "p90": 1, "p99": 1}}, [good, bad])
-    assert text.index("0.250") < text.index("1.000") and "x \\| y" in text
+    bad = replace(good, iou=0.25, text="x | y")
+    text = render_markdown(summarize([good, bad]), [good, bad])
+    assert text.index("| 0.250 |") < text.index("| 1.000 |") and "x \\| y" in text
 
 
 @pytest.mark.parametrize(
@@ -192,7 +190,7 @@ def test_refuses_outputs_before_any_work(
 ) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(OutputError, match=message):
-        run(dataset, **{option: str(tmp_path / value)})
+        run(dataset, f"--{option}", tmp_path / value)
     assert pipeline.asked == []
 
 

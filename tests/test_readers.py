@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from published_sets import (
     write_refs,
 )
 
-from segzero_rt.errors import DatasetError
+from segzero_rt.errors import DatasetError, MissingPackageError
 from segzero_rt.mask import decode_rle, encode_rle
 from segzero_rt.readers.coco import CocoInstances, CocoReader
 from segzero_rt.readers.parquet import ParquetReader, parse_solution
@@ -147,6 +148,7 @@ GOOD_TRAIN, GOOD_MASK = train_row("a", SEG_ZERO_SOLUTION), mask_row("x", np.ones
         ("no picture", TRAIN_SCHEMA, {"image": None}, "row 1: expected `image`"),
         ("picture elsewhere", TRAIN_SCHEMA, {"image": {"bytes": None, "path": "a.png"}}, "row 1: expected `image`"),
         ("no text", MASK_SCHEMA, {"text": None}, "row 1: expected `text`"),
+        ("id a blank", MASK_SCHEMA, {"ann_id": " "}, "row 1: expected `ann_id`"),
         ("no image id", MASK_SCHEMA, {"image_id": None}, "row 1: expected `image_id`"),
         ("no mask", MASK_SCHEMA, {"mask": None}, "row 1: expected `mask`"),
         ("empty mask", MASK_SCHEMA, {"mask": []}, "row 1: expected `mask`"),
@@ -178,6 +180,30 @@ def test_parquet_of_another_layout_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "c.parquet", [{**GOOD_MASK, "mask": [1, 0]}], integers)
     with pytest.raises(DatasetError, match="row 0: expected `mask` as rows of booleans"):
         load_all(ParquetReader(path))
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.5, 0.9])
+def test_a_truncated_parquet_file_is_named(tmp_path: Path, cut: float) -> None:
+    rows = [mask_row("x", np.ones((40, 60), bool), ann_id=str(n)) for n in range(20)]
+    path = write_parquet(tmp_path / "a.parquet", rows, MASK_SCHEMA)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * cut)])
+    with pytest.raises(DatasetError, match=r"a.parquet: expected a parquet file, it cannot be opened.*fetch it again"):
+        load_all(ParquetReader(path))
+    # the footer whole and a page damaged: told when its rows are asked for
+    path.write_bytes(data[:4] + bytes(len(data) // 4) + data[4 + len(data) // 4 :])
+    with pytest.raises(DatasetError, match=r"a.parquet.*row 0"):
+        load_all(ParquetReader(path))
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [mask_row("x", np.ones((4, 6), bool))], MASK_SCHEMA)
+    for name in ("pyarrow", "pyarrow.parquet", "pycocotools", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackageError, match=r"pyarrow.*pip install 'segzero-rt\[eval\]'"):
+        ParquetReader(path)
+    with pytest.raises(MissingPackageError, match=r"pycocotools.*pip install 'segzero-rt\[eval\]'"):
+        read_coco(tmp_path / "coco")
 
 
 # --- ReasonSeg
@@ -220,7 +246,7 @@ def test_reasonseg_file_of_windows_1252(tmp_path: Path) -> None:
     [
         ("no text", {"text": None}, "`text`"),
         ("empty text", {"text": []}, "`text`"),
-        ("blank text", {"text": ["x", " "]}, "`text`"),
+        ("text a number", {"text": ["x", 7]}, "`text`"),
         ("no shapes", {"shapes": None}, "`shapes`"),
         ("no target", {"shapes": []}, "`target` polygon"),
         ("ignored alone", {"shapes": [shape("ignore", (1, 1), (9, 1), (9, 9))]}, "`target` polygon"),
@@ -243,6 +269,15 @@ def test_reasonseg_names_the_file(tmp_path: Path, name: str, changes: dict[str, 
     with pytest.raises(DatasetError, match=message) as caught:
         load_all(ReasonSegReader(tmp_path))
     assert str(caught.value).startswith(str(file))
+
+
+def test_reasonseg_for_evaluation_takes_the_first_wording_and_pictures_without_a_target(tmp_path: Path) -> None:
+    write_reasonseg(tmp_path, "a", [TARGET], text=("first", "second"))
+    write_reasonseg(tmp_path, "b", [shape("ignore", (1, 1), (9, 1), (9, 9))], text=("", "x"))
+    pictures = load_all(ReasonSegReader(tmp_path, all_sentences=False, without_target=True))
+    assert [one.text for one in pictures["a"].questions] == ["first"]
+    assert [(one.text, one.masks) for one in pictures["b"].questions] == [("", ())]
+    assert decode_rle(pictures["b"].questions[0].extra["ignore_rle"]).any()
 
 
 def test_reasonseg_pictures_must_be_there(tmp_path: Path) -> None:
@@ -355,6 +390,9 @@ BAD_TABLES: list[tuple[str, dict[str, Any], str]] = [
     ("run lengths without size", {"annotations": cat(segmentation={"counts": [5]})}, "annotation 12.*`size`"),
     ("run lengths too short", {"annotations": cat(segmentation={"counts": [5], "size": [40, 60]})}, "12.*decode"),
     ("compressed nonsense", {"annotations": cat(segmentation={"counts": "é", "size": [40, 60]})}, "12.*decode"),
+    ("picture twice", {"images": [{**IMAGE, "file_name": "a.png"}] * 2}, r"images\[1\].*139 stood earlier"),
+    ("category twice", {"categories": [*coco_tables()["categories"], {"id": 17, "name": "dog"}]}, "17 stood earlier"),
+    ("annotation twice", {"annotations": cat(id=11)}, r"annotations\[1\].*11 stood earlier"),
     ("picture missing", {"images": [{**IMAGE, "file_name": "sub/a.png"}]}, "139.*does not exist"),
     ("picture outside", {"images": [{**IMAGE, "file_name": "../a.png"}]}, "139.*lies outside"),
 ]  # fmt: skip

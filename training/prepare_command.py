@@ -116,54 +116,22 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
     Raises:
         DatasetError: SOURCE is of no known layout, or options do not fit it.
     """
+    from segzero_rt.readers.layouts import CocoOptions, Layout, layout_of, refuse_options
+    from segzero_rt.readers.parquet import ParquetReader
+    from segzero_rt.readers.reasonseg import ReasonSegReader
+
     source: Path = arguments.source
-    if not source.exists():
-        raise DatasetError(f"{source}: expected a data set, found nothing there; check the path")
-    if source.suffix == ".json":
-        return _open_coco(arguments)
-    _refuse(arguments, "a COCO-style FILE.json", "images", "refs", "split", "all_sentences", "join_refs", "absent")
-    if source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet"))):
-        from segzero_rt.readers.parquet import ParquetReader
-
-        return ParquetReader(source)
-    if source.is_dir():
-        from segzero_rt.readers.reasonseg import ReasonSegReader
-
-        return ReasonSegReader(source)
-    raise DatasetError(f"{source}: expected a .json or .parquet file or a folder; see `segzero train prepare --help`")
-
-
-def _open_coco(arguments: argparse.Namespace) -> Reader:
-    from segzero_rt.readers.coco import CocoInstances, CocoReader
-
-    if arguments.images is None or not arguments.images.is_dir():
-        raise DatasetError(f"expected --images with the folder of the pictures of {arguments.source}")
-    if arguments.refs is None:
-        _refuse(arguments, "--refs", "split", "all_sentences", "join_refs")
-        return CocoReader(
-            CocoInstances(arguments.source, arguments.images),
-            max_objects=arguments.max_objects,
-            num_absent=arguments.absent,
-            seed=arguments.seed,
-        )
-    from segzero_rt.readers.refcoco import RefCocoReader
-
-    _refuse(arguments, "instances without --refs", "absent")
-    instances = CocoInstances(arguments.source, arguments.images)
-    return RefCocoReader(
-        instances,
-        arguments.refs,
-        split=arguments.split or "train",
-        all_sentences=arguments.all_sentences,
-        join_refs=arguments.join_refs,
-    )
-
-
-def _refuse(arguments: argparse.Namespace, owner: str, *names: str) -> None:
-    """An option that would do nothing is a mistake."""
-    for name in names:
-        if getattr(arguments, name):
-            raise DatasetError(f"--{name.replace('_', '-')} belongs to {owner}; leave it out for {arguments.source}")
+    layout = layout_of(source)
+    if layout is Layout.COCO:
+        names = ("images", "refs", "all_sentences", "join_refs", "absent", "max_objects", "seed")
+        given = {name: getattr(arguments, name) for name in names}
+        return CocoOptions(split=arguments.split or ("train" if arguments.refs else None), **given).open(source)
+    names = ("images", "refs", "split", "all_sentences", "join_refs", "absent")
+    given = {name.replace("_", "-"): getattr(arguments, name) for name in names}
+    refuse_options(source, "a COCO-style FILE.json", given)
+    if layout is Layout.FOLDER:
+        raise DatasetError(f"{source}: expected a published data set, got a dataset folder of `segzero scenes`")
+    return ParquetReader(source) if layout is Layout.PARQUET else ReasonSegReader(source)
 
 
 def _source_settings(arguments: argparse.Namespace) -> dict[str, Any]:

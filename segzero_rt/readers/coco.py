@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_masks
 
 from segzero_rt.errors import DatasetError
 from segzero_rt.mask import decode_rle
@@ -25,6 +24,7 @@ from segzero_rt.readers.source import (
     Mask,
     SourcePicture,
     SourceQuestion,
+    optional_package,
     picture_path,
     read_json_file,
     required,
@@ -38,8 +38,8 @@ class CocoInstances:
     """The tables of one instances file, checked, with masks on demand.
 
     Raises:
-        DatasetError: a field is missing or of another type, or an annotation names a picture or category that is not
-            there.
+        DatasetError: a field is missing or of another type, an id stands twice, or an annotation names a picture or
+            category that is not there.
     """
 
     def __init__(self, path: Path, images_dir: Path) -> None:
@@ -50,11 +50,13 @@ class CocoInstances:
             source = f"{path}: images[{index}]"
             for name in ("id", "height", "width"):
                 required(entry, name, source, int)
+            _refuse_again(entry["id"], self.images, source)
             self.images[entry["id"]] = {**entry, "file_name": _file_name(entry, source)}
         self.categories: dict[int, str] = {}
         for index, entry in enumerate(required(tables, "categories", str(path), list)):
             source = f"{path}: categories[{index}]"
-            self.categories[required(entry, "id", source, int)] = required(entry, "name", source, str)
+            _refuse_again(required(entry, "id", source, int), self.categories, source)
+            self.categories[entry["id"]] = required(entry, "name", source, str)
         self.annotations: dict[int, dict[str, Any]] = {}
         self.of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for index, entry in enumerate(required(tables, "annotations", str(path), list)):
@@ -64,7 +66,8 @@ class CocoInstances:
         for name, table in (("image_id", self.images), ("category_id", self.categories)):
             if required(entry, name, source, int) not in table:
                 raise DatasetError(f"{source}: `{name}` {entry[name]} is not in the file")
-        self.annotations[required(entry, "id", source, int)] = entry
+        _refuse_again(required(entry, "id", source, int), self.annotations, source)
+        self.annotations[entry["id"]] = entry
         self.of_image[entry["image_id"]].append(entry)
 
     def picture(self, image_id: int) -> Path:
@@ -84,6 +87,7 @@ class CocoInstances:
         segmentation = required(annotation, "segmentation", source, list, dict)
         if isinstance(segmentation, list):
             _check_polygons(segmentation, size_hw, source)
+            coco_masks = optional_package("pycocotools.mask", "COCO's polygons")
             return decode_rle(coco_masks.merge(coco_masks.frPyObjects(segmentation, *size_hw)))
         mask = _run_length_mask(segmentation, source)
         if mask.shape != size_hw:
@@ -152,6 +156,11 @@ class CocoReader:
                 raise DatasetError(f"{self.instances.path}: image {image_id}: no category {category_id} in the file")
             text = self.instances.categories[category_id]
             yield SourceQuestion(row_id=f"{image_id}-{category_id}", text=text, kind=NONE_KIND)
+
+
+def _refuse_again(number: int, table: Mapping[int, Any], source: str) -> None:
+    if number in table:
+        raise DatasetError(f"{source}: expected ids that stand once, `id` {number} stood earlier in the file")
 
 
 def _file_name(entry: dict[str, Any], source: str) -> str:

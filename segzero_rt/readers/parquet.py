@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from segzero_rt.errors import DatasetError
 from segzero_rt.readers.row_object import RowObject
-from segzero_rt.readers.source import Load, Mask, SourcePicture, SourceQuestion, required
+from segzero_rt.readers.source import Load, Mask, SourcePicture, SourceQuestion, optional_package, required
 
 _TRAIN_COLUMNS = frozenset({"id", "problem", "solution", "image"})
 _MASK_COLUMNS = frozenset({"image", "text", "mask", "image_id", "ann_id"})
@@ -69,7 +67,7 @@ class ParquetReader:
             trains = set(table.schema_arrow.names) >= _TRAIN_COLUMNS
             columns = sorted(_TRAIN_COLUMNS if trains else _MASK_COLUMNS)
             number = 0
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+            for batch in _batches(table, columns, file):
                 for position in range(batch.num_rows):
                     source = f"{file}: row {number}"
                     make = _training_picture if trains else _mask_picture
@@ -133,18 +131,19 @@ def _training_picture(batch: Any, position: int, source: str) -> SourcePicture:
 
 
 def _mask_picture(batch: Any, position: int, source: str) -> SourcePicture:
-    row_id = "-".join(_text(batch, name, position, source) for name in ("image_id", "ann_id"))
-    question = SourceQuestion(
-        row_id=row_id, text=_text(batch, "text", position, source), masks=(_mask(batch, position, source),)
-    )
-    return SourcePicture(source=source, image=_image_bytes(batch, position, source), questions=(question,))
+    image_id, ann_id = (_text(batch, name, position, source) for name in ("image_id", "ann_id"))
+    mask = _mask(batch, position, source)
+    text = _text(batch, "text", position, source, blank=True)  # whose question is empty is for the caller to judge
+    question = SourceQuestion(row_id=f"{image_id}-{ann_id}", text=text, masks=(mask,))
+    image = _image_bytes(batch, position, source)
+    return SourcePicture(source=source, image=image, questions=(question,), name=image_id)
 
 
-def _text(batch: Any, name: str, position: int, source: str) -> str:
+def _text(batch: Any, name: str, position: int, source: str, *, blank: bool = False) -> str:
     value = batch.column(name)[position].as_py()
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (blank or value.strip()):
         raise DatasetError(f"{source}: expected `{name}` as text, got {value!r:.80}")
     return value
 
@@ -161,6 +160,7 @@ def _mask(batch: Any, position: int, source: str) -> Mask:
     """Rows of booleans as bool [H, W]; through Arrow's own buffers, since a picture has a million of them."""
     scalar = batch.column("mask")[position]
     rows = scalar.values if scalar.is_valid else None
+    pyarrow = _pyarrow()
     if rows is None or not pyarrow.types.is_list(rows.type) or not pyarrow.types.is_boolean(rows.type.value_type):
         raise DatasetError(f"{source}: expected `mask` as rows of booleans, got {scalar.type}")
     lengths = {len(row) for row in rows}
@@ -170,9 +170,34 @@ def _mask(batch: Any, position: int, source: str) -> Mask:
     return np.asarray(flat.to_numpy(zero_copy_only=False), np.bool_).reshape(len(rows), -1)
 
 
+def _pyarrow() -> Any:
+    optional_package("pyarrow.parquet", "parquet files")
+    return optional_package("pyarrow", "parquet files")
+
+
 def _opened(file: Path) -> Any:
+    pyarrow = _pyarrow()
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DatasetError(f"{file}: expected a parquet file, it cannot be opened: {reason}") from error
+        raise _damaged(file, "it cannot be opened", error) from error
+
+
+def _batches(table: Any, columns: list[str], file: Path) -> Iterator[Any]:
+    pyarrow = _pyarrow()
+    batches = table.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+    number = 0
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise _damaged(file, f"it cannot be read from row {number} on", error) from error
+        if batch is None:
+            return
+        number += batch.num_rows
+        yield batch
+
+
+def _damaged(file: Path, what: str, error: Exception) -> DatasetError:
+    reason = " ".join(str(error).split())[:120]
+    return DatasetError(f"{file}: expected a parquet file, {what}: {reason}; fetch it again")

@@ -4,8 +4,8 @@ A JSON file holds `text` (several wordings of the question, or one), `is_sentenc
 `points` and a `label`. `target` is the object, `ignore` is left out of any score, `flag` means nothing. Where polygons
 overlap the smaller one counts, and a polygon's outline is part of it.
 
-A picture becomes one question per wording; all its targets together are one object, as the benchmark scores it. What is
-to be ignored is kept in the row's `ignore_rle`.
+A picture becomes one question per wording, or of its first wording alone; all its targets together are one object, as
+the benchmark scores it. What is to be ignored is kept as the question's `ignore_rle`.
 
 Source: `dvlab-research/LISA`, README and data set description; LISA issue #157 on test pictures without a target.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -33,15 +34,25 @@ from segzero_rt.readers.source import (
 )
 
 TARGET, IGNORE, FLAG = "target", "ignore", "flag"
+IS_SENTENCE, IGNORE_RLE = "is_sentence", "ignore_rle"
+"""Extra fields of a question: whether it is a sentence or a phrase, and the pixels to be ignored."""
 _NOTHING, _TARGET_LEVEL, _IGNORE_LEVEL = 0, 1, 255
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class ReasonSegReader:
-    """A folder of pictures with JSON files of polygons."""
+    """A folder of pictures with JSON files of polygons.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of `NAME.jpg` and `NAME.json`.
+        all_sentences: a question per wording instead of the first one alone.
+        without_target: take a picture without a visible target as a question about nothing, as LISA scores it, instead
+            of refusing it.
+    """
+
+    def __init__(self, folder: Path, *, all_sentences: bool = True, without_target: bool = False) -> None:
         self.folder = folder
+        self.all_sentences, self.without_target = all_sentences, without_target
         self.files = sorted(folder.glob("*.json"))
         if not self.files:
             raise DatasetError(f"{folder}: expected a folder of NAME.jpg and NAME.json, found no JSON file")
@@ -51,26 +62,30 @@ class ReasonSegReader:
 
     def pictures(self) -> Iterator[tuple[str, Load]]:
         for file in self.files:
-            yield file.stem, functools.partial(_picture, self.folder, file)
+            yield file.stem, functools.partial(self._picture, file)
+
+    def _picture(self, file: Path) -> SourcePicture:
+        picture = _picture(self.folder, file)
+        if not picture.questions[0].masks and not self.without_target:
+            raise DatasetError(f"{file}: expected a `{TARGET}` polygon with visible pixels, found none; leave it out")
+        return picture if self.all_sentences else replace(picture, questions=picture.questions[:1])
 
 
 def _picture(folder: Path, file: Path) -> SourcePicture:
     entry, source = read_json_file(file), str(file)
     texts = required(entry, "text", source, list, str)
     texts = [texts] if isinstance(texts, str) else texts
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise DatasetError(f"{source}: expected `text` as one or more questions, got {texts!r:.80}")
     names = [f"{file.stem}{suffix}" for suffix in _SUFFIXES if (folder / f"{file.stem}{suffix}").is_file()]
     image = picture_path(folder, names[0] if names else f"{file.stem}{_SUFFIXES[0]}", source)
     levels = _levels(required(entry, "shapes", source, list), stored_size_hw(image, source), source)
     target, ignored = levels == _TARGET_LEVEL, levels == _IGNORE_LEVEL
-    if not target.any():
-        raise DatasetError(f"{source}: expected a `{TARGET}` polygon with visible pixels, found none; leave it out")
-    extra: dict[str, object] = {"is_sentence": bool(required(entry, "is_sentence", source, bool, int))}
+    extra: dict[str, object] = {IS_SENTENCE: bool(required(entry, IS_SENTENCE, source, bool, int))}
     if ignored.any():
-        extra["ignore_rle"] = encode_rle(ignored)
+        extra[IGNORE_RLE] = encode_rle(ignored)
     questions = tuple(
-        SourceQuestion(row_id=f"{file.stem}-{number}", text=text, masks=(target,), extra=extra)
+        SourceQuestion(row_id=f"{file.stem}-{number}", text=text, masks=(target,) if target.any() else (), extra=extra)
         for number, text in enumerate(texts)
     )
     return SourcePicture(source=source, image=image, questions=questions)

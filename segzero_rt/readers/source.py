@@ -1,12 +1,14 @@
-"""What every reader of a published data set gives: pictures with questions, before they become training rows.
+"""What every reader of a published data set gives: pictures with questions, before they are scored or become rows.
 
-A reader knows its pictures by key without opening them, so that preparation can skip what is done and name what is
+A reader knows its pictures by key without opening them, so that its callers can skip what is done and name what is
 wrong. Truth comes as masks, from which boxes and points are then derived, or as finished boxes and points, as the
 authors of Seg-Zero publish them; both in pixels of the stored picture.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segzero_rt.errors import DatasetError
+from segzero_rt.errors import DatasetError, MissingPackageError
 from segzero_rt.readers.row_object import RowObject
 
 Mask = NDArray[np.bool_]
@@ -49,6 +51,8 @@ class SourcePicture:
     image: Path | bytes
     """A picture file, or its bytes."""
     questions: tuple[SourceQuestion, ...]
+    name: str = ""
+    """Of a picture that is bytes: equal for rows on one picture, where the data set tells."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many questions the reader left out by its own options, by reason."""
 
@@ -120,14 +124,30 @@ def picture_path(folder: Path, name: str, source: str) -> Path:
     return path
 
 
-def stored_size_hw(path: Path, source: str) -> tuple[int, int]:
+def stored_size_hw(image: Path | bytes, source: str) -> tuple[int, int]:
     """Height and width of a picture file as it is stored, whatever its EXIF tag says: what annotations mean.
 
     Raises:
         DatasetError: no picture.
     """
+    name = "inside the file" if isinstance(image, bytes) else image
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
             return picture.height, picture.width
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{source}: cannot read picture {path}: {error}; replace it") from error
+        raise DatasetError(f"{source}: cannot read picture {name}: {error}; replace it") from error
+
+
+def optional_package(name: str, what: str) -> Any:
+    """An optional package's module.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"expected the package {name.split('.')[0]}, which reads {what}, it is not installed; "
+            "pip install 'segzero-rt[eval]'"
+        ) from error
