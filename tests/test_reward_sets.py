@@ -127,7 +127,7 @@ def test_mask_iou_wants_masks_before_training() -> None:
         reward_set("tabletop+mask_iou").check_rows([row(objects=(without,))])
 
 
-def test_the_option_adds_to_the_preset() -> None:
+def test_options_change_the_preset() -> None:
     from argparse import ArgumentParser
 
     from training.grpo_command import chosen_preset, configure_grpo
@@ -138,6 +138,10 @@ def test_the_option_adds_to_the_preset() -> None:
     chosen = chosen_preset(parser.parse_args(["--reward-extras", "brevity:24,mask_iou"]))
     assert chosen.rewards == "tabletop+brevity:24+mask_iou"
     assert chosen_preset(parser.parse_args([])).rewards == "tabletop"
+    precisions = (chosen_preset(parser.parse_args(["--precision", name])).precision for name in ("float32", "bf16_mixed"))
+    assert [precision.value for precision in precisions] == ["float32", "bf16_mixed"]
+    with pytest.raises(SegZeroError, match="LoRA with bfloat16 weights"):
+        chosen_preset(parser.parse_args(["--precision", "bf16"]))
 
 
 def test_a_wrong_option_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

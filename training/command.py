@@ -39,7 +39,7 @@ _TRAIN_EPILOG = """examples:
   segzero train pretrain --preset tabletop
   segzero train segmenter --preset tabletop
   segzero train prepare instances_train2017.json --images train2017 --out rows/coco
-  segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/policy
+  segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base
   segzero train experiment --out runs/experiment
 
 `segzero train STAGE --help` tells what a stage writes."""
@@ -169,7 +169,7 @@ def _configure_train(parser: argparse.ArgumentParser) -> None:
                 "--start-from",
                 type=Path,
                 metavar="DIR",
-                help="published checkpoint to go on from, such as training/checkpoints/tabletop/policy",
+                help="published checkpoint to go on from, such as training/checkpoints/tabletop/base",
             )
     for command in _OWN_COMMANDS:
         stage = stages.add_parser(

@@ -1,6 +1,6 @@
 """GRPO on TRL's trainer: outcome rewards only, no supervised reasoning.
 
-    segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/policy --out runs/grpo
+    segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base --out runs/grpo
     accelerate launch --config_file training/accelerate/fsdp.yaml -m training.grpo --preset seg_zero_3b --data rows …
 
 Where the `seg_zero_*` and `vision_reasoner_7b` presets depart from the authors' training (EasyR1, a fork of verl):
@@ -22,8 +22,8 @@ Where the `seg_zero_*` and `vision_reasoner_7b` presets depart from the authors'
     bfloat16 passes.
 12. LoRA, 4-bit weights and a frozen vision tower are additions: theirs always trains every weight.
 
-`tabletop` is this repository's own: VisionReasoner's rewards at 280 pixels, a higher learning rate for a policy three
-orders of magnitude smaller, float32.
+`tabletop` is this repository's own: VisionReasoner's rewards at 280 pixels, with accuracy by degrees, and a learning
+rate for a policy three orders of magnitude smaller.
 """
 
 from __future__ import annotations

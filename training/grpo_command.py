@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # torch and TRL, which `--help` need not wait for
     from .grpo_presets import GrpoPreset
 
 _VLLM_MODES = ("colocate", "server", "off")
+_PRECISIONS = ("float32", "bf16_mixed", "bf16")
 
 
 def configure_grpo(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +33,18 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument(
         "--vllm", choices=_VLLM_MODES, help="who samples: vLLM on the training GPUs, served, or not vLLM"
     )
+    sizes.add_argument(
+        "--precision", choices=_PRECISIONS,
+        help="of weights and passes; bf16_mixed: float32 weights, bfloat16 passes; bf16: with adapters only",
+    )  # fmt: skip
     changes = parser.add_argument_group("changes to the preset")
     changes.add_argument("--steps", type=positive_integer, metavar="N", help="optimiser steps")
     changes.add_argument("--learning-rate", type=float, metavar="X")
     changes.add_argument("--seed", type=int, metavar="K")
     changes.add_argument(
         "--reward-extras", metavar="T,T",
-        help="terms added to the preset's rewards: brevity[:TOKENS], mask_iou[:BUNDLE], abstention, empty_thinking",
+        help="terms added to the preset's rewards: brevity[:TOKENS], mask_iou[:BUNDLE], abstention, closeness, "
+        "empty_thinking",
     )  # fmt: skip
 
 
@@ -65,7 +71,7 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
     Raises:
         SegZeroError: no such preset, or changes that do not fit together.
     """
-    from .grpo_presets import PRESETS, Vllm, with_lora
+    from .grpo_presets import PRESETS, Precision, Vllm, with_lora
 
     if arguments.preset not in PRESETS:
         raise SegZeroError(f"expected --preset to be one of {', '.join(PRESETS)}, got {arguments.preset!r}")
@@ -78,6 +84,7 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
         "freeze_vision": arguments.freeze_vision or None,
+        "precision": None if arguments.precision is None else Precision(arguments.precision),
     }
     if arguments.reward_extras is not None:
         from .grpo_rewards import with_extras

@@ -182,7 +182,7 @@ def debug() -> GrpoPreset:
     """Two steps on four rows of tabletop scenes: every code path in seconds, nothing learnt."""
     return replace(
         tabletop(), name="debug", num_generations=2, prompts_per_step=2, micro_batch=4, max_completion_tokens=96,
-        max_steps=2, eval_every=1, num_rows=4, num_eval_rows=2, kl_coef=1e-2,
+        max_steps=2, eval_every=1, num_rows=4, num_eval_rows=2, kl_coef=1e-2, precision=Precision.FLOAT32,
     )  # fmt: skip
 
 
@@ -191,13 +191,15 @@ def tabletop() -> GrpoPreset:
 
     Temperature: from 1 to 0.7 and 0.5 box gIoU of samples about names rose from 0.64 to 0.69 and 0.70, while of eight
     replies to a question by function 7.2, 6.2 and 5.2 still had a thinking of their own (24 questions each).
+    Precision: passes in bfloat16 are 1.6 to 1.8 times as fast on cores with AMX; log-probabilities of 5,741 sampled
+    tokens differed by 0.0005 nats between sampling and scoring, 0.07 at most. Elsewhere choose float32.
     """
     return GrpoPreset(
-        name="tabletop", policy="training/checkpoints/tabletop/policy", answer_format=VISION_REASONER.name,
+        name="tabletop", policy="training/checkpoints/tabletop/base", answer_format=VISION_REASONER.name,
         rewards="tabletop", input_size_hw=(INPUT_SIDE, INPUT_SIDE), micro_batch=128, max_completion_tokens=160,
         temperature=0.6, learning_rate=1e-4, warmup_steps=10, learning_rate_schedule="linear", kl_coef=0.0,
-        entropy_coef=0.0, reward_scale="batch", max_steps=750, eval_every=50, num_rows=9600, row_kinds=TABLETOP_KINDS,
-        num_eval_rows=300, precision=Precision.FLOAT32, gradient_checkpointing=False, shared_prompts=True,
+        entropy_coef=0.0, reward_scale="batch", max_steps=600, eval_every=50, num_rows=9600, row_kinds=TABLETOP_KINDS,
+        num_eval_rows=300, precision=Precision.BF16_MIXED, gradient_checkpointing=False, shared_prompts=True,
         freeze_vision=True,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 r"""Writes the checkpoint folders that ship with the repository: float16 weights, as the bundle stores them.
 
-    python -m training.publish runs/pretrain training/checkpoints/tabletop/policy
+    python -m training.publish runs/pretrain training/checkpoints/tabletop/base
+    python -m training.publish runs/grpo training/checkpoints/tabletop/policy
     python -m training.publish runs/segmenter training/checkpoints/tabletop/segmenter
     python -m training.publish runs/more training/checkpoints/tabletop/segmenter \
         --mix-with training/checkpoints/tabletop/segmenter --mix-share 0.25
