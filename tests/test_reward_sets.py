@@ -138,7 +138,9 @@ def test_options_change_the_preset() -> None:
     chosen = chosen_preset(parser.parse_args(["--reward-extras", "brevity:24,mask_iou"]))
     assert chosen.rewards == "tabletop+brevity:24+mask_iou"
     assert chosen_preset(parser.parse_args([])).rewards == "tabletop"
-    precisions = (chosen_preset(parser.parse_args(["--precision", name])).precision for name in ("float32", "bf16_mixed"))
+    precisions = (
+        chosen_preset(parser.parse_args(["--precision", name])).precision for name in ("float32", "bf16_mixed")
+    )
     assert [precision.value for precision in precisions] == ["float32", "bf16_mixed"]
     with pytest.raises(SegZeroError, match="LoRA with bfloat16 weights"):
         chosen_preset(parser.parse_args(["--precision", "bf16"]))
