@@ -35,7 +35,16 @@ QUESTION_TOKENS = 48
 """Of the question's prompt: more would only take longer."""
 LARGEST_FLOAT16 = 65504.0
 
-_PRODUCTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o"}
+_PRODUCTS = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "o",
+    "linear_fc1": "fc1",
+    "linear_fc2": "fc2",
+    "0": "fc1",
+    "2": "fc2",
+}
 """transformers' names of products that the graphs call otherwise; the rest loses its "_proj"."""
 
 
@@ -172,7 +181,8 @@ def _product(place: str) -> str:
     """A linear layer's place in transformers, "vision/blocks.3.mlp.down_proj", as the graphs call it."""
     graph, _, path = place.partition("/")
     parts = path.split(".")
-    return f"{graph}/{'.'.join(parts[:2])}/{_PRODUCTS.get(parts[-1], parts[-1].removesuffix('_proj'))}"
+    scope = parts[0] if parts[0] == "merger" else ".".join(parts[:2])
+    return f"{graph}/{scope}/{_PRODUCTS.get(parts[-1], parts[-1].removesuffix('_proj'))}"
 
 
 def _check(record: dict[str, Any], errors: Mapping[str, float], limits: GateLimits) -> None:

@@ -11,6 +11,7 @@ embeddings, logits, and the products named in `float32_products`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ INT8_FROM_WIDTH = 64
 """Narrower rows take as long to be quantised as their product saves: 48 gained nothing, 96 halved it (VNNI, AMX)."""
 _QUICK_GELU = 1.702
 """The factor with which a sigmoid comes near to the normal distribution."""
+_TANH_GELU_SLOPE, _TANH_GELU_CUBE = (2 / math.pi) ** 0.5, 0.044715
 INT8_COMPUTE = 4
 """MatMulNBits' accuracy level at which the other factor is rounded to 8 bits as it comes."""
 
@@ -307,6 +309,16 @@ class GraphBuilder:
         return self.node(
             "Mul", [x, self.node("Sigmoid", [self.node("Mul", [x, self.constant(_QUICK_GELU, self.computed)])])]
         )
+
+    def tanh_gelu(self, x: str) -> str:
+        """GELU with its tanh, `x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2`."""
+        if self.fused:
+            return self.node("FastGelu", [x], domain=MICROSOFT)
+        cube = self.node("Mul", [self.node("Mul", [x, x]), x])
+        bent = self.node("Add", [x, self.node("Mul", [cube, self.constant(_TANH_GELU_CUBE, self.computed)])])
+        tanh = self.node("Tanh", [self.node("Mul", [bent, self.constant(_TANH_GELU_SLOPE, self.computed)])])
+        half = self.node("Mul", [x, self.constant(0.5, self.computed)])
+        return self.node("Mul", [half, self.node("Add", [tanh, self.constant(1.0, self.computed)])])
 
     def gated(self, gate: str, up: str, product: str) -> str:
         """`silu(gate) * up`, in float32 where the product that follows stays in it: the factor overflows before it."""

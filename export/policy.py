@@ -23,9 +23,6 @@ from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
 from .static_int8 import make_decoder_static
 
-OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 LAYERS_FROM_PARAMETERS = 500_000_000
 """Twice 2 GB of float32, in PyTorch and in ONNX Runtime: beyond this the gate takes one layer at a time."""
 
@@ -96,6 +93,12 @@ def export_policy(
     checkpoint = PolicyCheckpoint(hf_folder, adapter)
     if checkpoint.vision.rope_theta != VISION_ROPE_THETA:
         raise ExportError(f"expected a vision rope_theta of {VISION_ROPE_THETA}, got {checkpoint.vision.rope_theta}")
+    cell = checkpoint.vision.patch_size * checkpoint.vision.merge_size
+    if any(length % cell for length in input_size_hw):
+        raise ExportError(
+            f"expected an input size in multiples of {cell} pixels for {checkpoint.family}, got {input_size_hw}; take "
+            "the preset of that family"
+        )
     if strangers := [path for path in float32_products if path.partition("/")[0] not in ("vision", "decoder")]:
         raise ExportError(f"expected a product as vision/blocks.31/down, got {strangers[0]!r}")
     if float32_products and computed == "float32":
@@ -166,8 +169,8 @@ def _manifest(
         flavour=flavour,
         input_size_hw=input_size_hw,
         resampler=resampler,
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
+        image_mean=vision.image_mean,
+        image_std=vision.image_std,
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.merge_size,
@@ -189,4 +192,8 @@ def _manifest(
             vision="policy/vision.onnx", embedding="policy/embedding.onnx", decoder="policy/decoder.onnx"
         ),
         cache_dtype=cache_dtype(computed),
+        mrope_interleaved=text.mrope_interleaved,
+        deepstack=len(vision.deepstack_blocks),
+        position_side=vision.position_side,
+        coordinates=text.coordinates,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from segzero_rt.manifest import POLICY_FAMILIES
 
 from .lazy_weight import Floats, Weight
 from .policy_adapter import PolicyAdapter
+from .policy_sizes import read_sizes
 
 _OLD_PREFIXES = (
     ("visual.", "model.visual."),
@@ -29,75 +29,8 @@ _OLD_PREFIXES = (
     ("model.norm.", "model.language_model.norm."),
 )
 
-_TOKENS_OF_A_WINDOW = 4
-"""Along a side, for a tower that has no windows of its own: as in Qwen2.5-VL."""
 _UNUSED_ENDINGS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 """Buffers that old checkpoints keep; they follow from the configuration."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionSizes:
-    """Sizes of the vision tower."""
-
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    channels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    window_size: int
-    """Side of an attention window, in pixels."""
-    full_attention_blocks: tuple[int, ...]
-    rope_theta: float
-    gated: bool
-    """Blocks as Qwen2.5-VL has them: gated MLPs and root-mean-square norms; otherwise as Qwen2-VL."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
-            raise ExportError(
-                f"expected vision heads whose width is a multiple of 4, got hidden size "
-                f"{self.hidden_size} in {self.num_heads} heads"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextSizes:
-    """Sizes of the decoder."""
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    max_position_embeddings: int
-    tied: bool
-    """The output layer is the token embedding."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ExportError(
-                f"expected heads that divide the hidden size and are shared evenly, got hidden size "
-                f"{self.hidden_size}, {self.num_heads} heads, {self.num_kv_heads} key-value heads"
-            )
-        if 2 * sum(self.mrope_section) != self.head_dim:
-            raise ExportError(
-                f"expected an mrope_section that sums to half the head's width {self.head_dim}, "
-                f"got {self.mrope_section}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 class PolicyCheckpoint:
@@ -121,8 +54,7 @@ class PolicyCheckpoint:
                 f"in {folder / 'config.json'}"
             )
         try:
-            self.vision = _VISION_SIZES[self.family](self.config["vision_config"])
-            self.text = _text_sizes(self.config)
+            self.vision, self.text = read_sizes(self.family, self.config)
             self.image_token_id = int(self.config["image_token_id"])
         except (KeyError, TypeError, ValueError) as error:
             raise ExportError(
@@ -221,72 +153,6 @@ class _Found:
             part = weights.get_slice(self.key)[start:stop] if self.shape else weights.get_tensor(self.key)
             values: Floats = part.float().numpy()
             return values.copy() if values.base is not None and part.dtype.itemsize == 4 else values
-
-
-def _vision_sizes(config: Mapping[str, Any]) -> VisionSizes:
-    rope = config.get("rope_parameters") or {}
-    return VisionSizes(
-        depth=int(config["depth"]),
-        hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
-        num_heads=int(config["num_heads"]),
-        channels=int(config.get("in_channels", config.get("in_chans", 3))),
-        patch_size=int(config["patch_size"]),
-        temporal_patch_size=int(config["temporal_patch_size"]),
-        merge_size=int(config["spatial_merge_size"]),
-        window_size=int(config["window_size"]),
-        full_attention_blocks=tuple(int(block) for block in config["fullatt_block_indexes"]),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        gated=True,
-    )
-
-
-def _vision_sizes_of_qwen2(config: Mapping[str, Any]) -> VisionSizes:
-    """Qwen2-VL's tower: every patch attends to all others, so that the windows which patches come in mean nothing."""
-    rope = config.get("rope_parameters") or {}
-    depth, width = int(config["depth"]), int(config["embed_dim"])
-    if config.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise ValueError(f"hidden_act {config['hidden_act']}")
-    return VisionSizes(
-        depth=depth,
-        hidden_size=width,
-        intermediate_size=int(width * config["mlp_ratio"]),
-        num_heads=int(config["num_heads"]),
-        channels=int(config.get("in_channels", config.get("in_chans", 3))),
-        patch_size=int(config["patch_size"]),
-        temporal_patch_size=int(config.get("temporal_patch_size", 2)),
-        merge_size=int(config["spatial_merge_size"]),
-        window_size=int(config["patch_size"]) * int(config["spatial_merge_size"]) * _TOKENS_OF_A_WINDOW,
-        full_attention_blocks=tuple(range(depth)),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        gated=False,
-    )
-
-
-_VISION_SIZES = {"qwen2_5_vl": _vision_sizes, "qwen2_vl": _vision_sizes_of_qwen2}
-
-
-def _text_sizes(config: Mapping[str, Any]) -> TextSizes:
-    text = config.get("text_config") or config
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise ValueError(f"rope_type {rope.get('rope_type')!r}")
-    if text.get("use_sliding_window"):
-        raise ValueError("use_sliding_window true")
-    section = rope["mrope_section"]
-    return TextSizes(
-        num_layers=int(text["num_hidden_layers"]),
-        hidden_size=int(text["hidden_size"]),
-        intermediate_size=int(text["intermediate_size"]),
-        num_heads=int(text["num_attention_heads"]),
-        num_kv_heads=int(text["num_key_value_heads"]),
-        vocab_size=int(text["vocab_size"]),
-        rms_norm_eps=float(text["rms_norm_eps"]),
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1000000.0))),
-        mrope_section=(int(section[0]), int(section[1]), int(section[2])),
-        max_position_embeddings=int(text["max_position_embeddings"]),
-        tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-    )
 
 
 def _weight_files(folder: Path) -> dict[str, _Found]:

@@ -3,26 +3,31 @@
     inputs_embeds ─► layers × [ norm ─► qkv ─► attention with cache ─► o ─► + norm ─► gate·up ─► down ─► + ] ─► norm
                   ─► output layer ─► logits
 
-Where this departs from transformers' `Qwen2_5_VLTextModel` (same numbers, other arithmetic order):
+Where this departs from transformers' `Qwen2_5_VLTextModel` and `Qwen3VLTextModel` (same numbers, other order):
 1. q, k and v are one matrix;
 2. rotary values come in from the host, which knows the picture's positions;
 3. behind the last layer's attention, which fills the cache, only the rows asked for go on;
-4. `portable` scores cached and new tokens separately, so that the cache is never copied to append to it.
+4. `portable` scores cached and new tokens separately, so that the cache is never copied to append to it;
+5. what Qwen3-VL adds to picture tokens behind its first layers comes in with the embeddings, zeros for text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import decoder_spec
 
 from .graph_builder import MICROSOFT, GraphBuilder, float_storage
 from .lazy_weight import Weight
-from .policy_checkpoint import PolicyCheckpoint, TextSizes
+from .policy_checkpoint import PolicyCheckpoint
 from .policy_embedding import TABLE_FILE, TOKEN_TABLE_KEY
+from .policy_sizes import TextSizes
 from .precisions import QUANTIZED_STORAGES
 from .weight_store import WeightStore
 
+_FUSED_HEAD_MULTIPLE = 16
+"""What ONNX Runtime's GroupQueryAttention asks of a head's width to rotate it."""
 _TO_THE_END = 2**31 - 1
 """As the end of a Slice. ONNX would take a larger one too, TensorRT's indices have 32 bits."""
 
@@ -46,6 +51,11 @@ def build_decoder(
         float32_products: see `GraphBuilder`.
     """
     text = checkpoint.text
+    if flavour == "ort" and text.head_dim % _FUSED_HEAD_MULTIPLE:
+        raise ExportError(
+            f"expected heads in multiples of {_FUSED_HEAD_MULTIPLE} for flavour ort, got a width of {text.head_dim}; "
+            "take flavour portable"
+        )
     spec = decoder_spec(
         flavour=flavour,
         num_layers=text.num_layers,
@@ -54,6 +64,7 @@ def build_decoder(
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         cache_dtype=cache_dtype(computed),
+        deepstack=len(checkpoint.vision.deepstack_blocks),
     )
     builder = GraphBuilder(
         spec,
@@ -64,15 +75,18 @@ def build_decoder(
         float32_products=float32_products,
     )
     attention = _FusedAttention(builder, text) if flavour == "ort" else _PortableAttention(builder, text)
-    residual = "inputs_embeds"
+    deepstack = len(checkpoint.vision.deepstack_blocks)
+    residual = _embeds_part(builder, 0, text) if deepstack else "inputs_embeds"
     branch = ""  # output of the last half-layer, not yet added to `residual`
     for layer in range(text.num_layers):
         with builder.scope(f"layers.{layer}"):
             weights = _LayerWeights(checkpoint, layer)
+            if 0 < layer <= deepstack:
+                residual = builder.node("Add", [residual, _embeds_part(builder, layer, text)])
             x, residual = _norm(builder, branch, residual, "input_layernorm", weights.norm("input_layernorm"), text)
             builder.hidden[f"layers.{layer}"] = residual
             packed = builder.linear(x, "qkv", *weights.qkv())
-            mixed = attention.attend(packed, layer)
+            mixed = attention.attend(packed, layer, weights.qk_norms())
             if layer == text.num_layers - 1:
                 mixed, residual = _rows_asked_for(builder, mixed, residual)
             branch = builder.linear(mixed, "o", weights.o())
@@ -101,16 +115,25 @@ class _LayerWeights:
     def norm(self, name: str) -> Weight:
         return self._get(f"{name}.weight", (self._text.hidden_size,))
 
-    def qkv(self) -> tuple[Weight, Weight]:
-        """[q + k + v, hidden] and its bias; queries first, as GroupQueryAttention takes them packed."""
+    def qkv(self) -> tuple[Weight, Weight | None]:
+        """[q + k + v, hidden] and its bias, if any; queries first, as GroupQueryAttention takes them packed."""
         text = self._text
-        rows = {"q": text.hidden_size, "k": text.num_kv_heads * text.head_dim, "v": text.num_kv_heads * text.head_dim}
+        rows = {"q": text.queries_width, "k": text.keys_width, "v": text.keys_width}
         weight = [self._get(f"self_attn.{part}_proj.weight", (rows[part], text.hidden_size)) for part in "qkv"]
+        if not text.qkv_bias:
+            return Weight.stacked(weight), None
         bias = [self._get(f"self_attn.{part}_proj.bias", (rows[part],)) for part in "qkv"]
         return Weight.stacked(weight), Weight.stacked(bias)
 
+    def qk_norms(self) -> tuple[Weight, Weight] | None:
+        """Scales of the norms of queries and keys, [head_dim] each; None where there are none."""
+        if not self._text.qk_norm:
+            return None
+        query, key = (self._get(f"self_attn.{part}_norm.weight", (self._text.head_dim,)) for part in "qk")
+        return query, key
+
     def o(self) -> Weight:
-        return self._get("self_attn.o_proj.weight", (self._text.hidden_size, self._text.hidden_size))
+        return self._get("self_attn.o_proj.weight", (self._text.hidden_size, self._text.queries_width))
 
     def widening(self, part: str) -> Weight:
         """Of "gate" or "up"."""
@@ -130,9 +153,10 @@ class _FusedAttention:
         self._builder = builder
         self._text = text
 
-    def attend(self, packed: str, layer: int) -> str:
+    def attend(self, packed: str, layer: int, norms: tuple[Weight, Weight] | None) -> str:
         cache = [f"past_key_{layer}", f"past_value_{layer}"]
-        inputs = [packed, "", "", *cache, "seqlens_k", "total_length", "rotary_cos", "rotary_sin"]
+        queries, keys, values = (packed, "", "") if norms is None else self._normed(packed, norms)
+        inputs = [queries, keys, values, *cache, "seqlens_k", "total_length", "rotary_cos", "rotary_sin"]
         outputs = [self._builder.name("attention"), f"present_key_{layer}", f"present_value_{layer}"]
         return self._builder.nodes(
             "GroupQueryAttention",
@@ -145,6 +169,17 @@ class _FusedAttention:
             rotary_interleaved=0,
             scale=self._text.head_dim**-0.5,
         )[0]
+
+    def _normed(self, packed: str, norms: tuple[Weight, Weight]) -> tuple[str, str, str]:
+        builder, text = self._builder, self._text
+        query, key, value = _split(builder, packed, text)
+        query, key = (
+            builder.reshape(
+                _head_norm(builder, builder.reshape(x, [0, 0, -1, text.head_dim]), part, scale, text), [0, 0, -1]
+            )
+            for x, part, scale in zip((query, key), "qk", norms, strict=True)
+        )
+        return query, key, value
 
 
 class _PortableAttention:
@@ -164,14 +199,18 @@ class _PortableAttention:
         self._sin = builder.node("Unsqueeze", ["rotary_sin", builder.constant([1])])
         self._bias = builder.narrowed("attention_bias")
 
-    def attend(self, packed: str, layer: int) -> str:
+    def attend(self, packed: str, layer: int, norms: tuple[Weight, Weight] | None) -> str:
         builder, text = self._builder, self._text
-        widths = [text.hidden_size, text.num_kv_heads * text.head_dim, text.num_kv_heads * text.head_dim]
-        split = builder.nodes("Split", [packed, builder.constant(widths)], [builder.name(p) for p in "qkv"], axis=-1)
-        query = self._rotate(self._heads(split[0], text.num_heads))
+        split = _split(builder, packed, text)
+        query, key = self._heads(split[0], text.num_heads), self._heads(split[1], text.num_kv_heads)
+        if norms is not None:
+            query, key = (
+                _head_norm(builder, builder.widened(x), part, scale, text)
+                for x, part, scale in zip((query, key), "qk", norms, strict=True)
+            )
+        query, key = self._rotate(query), self._rotate(key)
         query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, builder.computed)])
         query = builder.reshape(query, [0, text.num_kv_heads, -1, text.head_dim])
-        key = self._rotate(self._heads(split[1], text.num_kv_heads))
         value = self._heads(split[2], text.num_kv_heads)
         builder.node("Identity", [key], output=f"new_key_{layer}")
         builder.node("Identity", [value], output=f"new_value_{layer}")
@@ -194,7 +233,7 @@ class _PortableAttention:
         ]
         # [batch, kv_heads, group * new, head_dim] and [batch, heads, new, head_dim] are the same numbers in a row
         attended = builder.reshape(builder.node("Add", mixed), [0, text.num_heads, -1, text.head_dim])
-        return builder.reshape(builder.node("Transpose", [attended], perm=[0, 2, 1, 3]), [0, 0, text.hidden_size])
+        return builder.reshape(builder.node("Transpose", [attended], perm=[0, 2, 1, 3]), [0, 0, text.queries_width])
 
     def _heads(self, x: str, num_heads: int) -> str:
         """[batch, new, heads * head_dim] to [batch, heads, new, head_dim]."""
@@ -205,6 +244,23 @@ class _PortableAttention:
         """In float32, whatever is computed in: an angle of 900 has no place in 16 bits."""
         builder = self._builder
         return builder.narrowed(builder.rotate(builder.widened(x), self._cos, self._sin))
+
+
+def _embeds_part(builder: GraphBuilder, part: int, text: TextSizes) -> str:
+    """Of `inputs_embeds`: the embeddings, part 0, or what is added behind layer `part - 1`."""
+    ends = [builder.constant([text.hidden_size * place]) for place in (part, part + 1)]
+    return builder.node("Slice", ["inputs_embeds", *ends, builder.constant([2])])
+
+
+def _split(builder: GraphBuilder, packed: str, text: TextSizes) -> list[str]:
+    """Queries, keys and values."""
+    widths = builder.constant([text.queries_width, text.keys_width, text.keys_width])
+    return builder.nodes("Split", [packed, widths], [builder.name(part) for part in "qkv"], axis=-1)
+
+
+def _head_norm(builder: GraphBuilder, x: str, part: str, scale: Weight, text: TextSizes) -> str:
+    """Norms each head, the last axis, of float32 queries ("q") or keys ("k")."""
+    return builder.rms_norm(x, f"{part}_norm", scale, text.rms_norm_eps)
 
 
 def _norm(

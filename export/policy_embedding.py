@@ -37,7 +37,15 @@ def write_token_table(
 def build_embedding(checkpoint: PolicyCheckpoint, *, storage: str) -> GraphBuilder:
     """Token numbers to rows of the table; the rows are cast, so the table stays in its storage precision."""
     text = checkpoint.text
-    builder = GraphBuilder(embedding_spec(hidden_size=text.hidden_size), storage=storage)
+    deepstack = len(checkpoint.vision.deepstack_blocks)
+    spec = embedding_spec(hidden_size=text.hidden_size, deepstack=deepstack)
+    builder = GraphBuilder(spec, storage=storage)
     table = builder.external_weight("token_table", (text.vocab_size, text.hidden_size), TABLE_FILE)
-    builder.as_float32(builder.node("Gather", [table, "input_ids"], axis=0), "inputs_embeds")
+    rows = builder.node("Gather", [table, "input_ids"], axis=0)
+    if deepstack:  # zeros for what only pictures add behind the first layers
+        behind = builder.constant([0, 0, 0, 0, 0, deepstack * text.hidden_size])
+        rows = builder.node("Pad", [builder.as_float32(rows), behind])
+        builder.node("Identity", [rows], output="inputs_embeds")
+    else:
+        builder.as_float32(rows, "inputs_embeds")
     return builder

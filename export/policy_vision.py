@@ -3,8 +3,10 @@
     patches ─► linear ─► blocks × [ norm ─► qkv ─► rotary ─► attention in windows or over all ─► proj ─► + norm ─► MLP ]
             ─► + norm ─► four neighbours to one token ─► MLP ─► raster order
 
-Qwen2-VL's has layer norms, an MLP without gate, and no windows. Where this departs from transformers'
-`Qwen2_5_VisionTransformerPretrainedModel` and `Qwen2VisionTransformerPretrainedModel` (same numbers, other order):
+Qwen2-VL's has layer norms, an MLP without gate, and no windows; Qwen3-VL's learned positions besides, and the output of
+some blocks goes to the decoder too, each through a merger of its own. Where this departs from transformers'
+`Qwen2_5_VisionTransformerPretrainedModel`, `Qwen2VisionTransformerPretrainedModel` and `Qwen3VLVisionModel` (same
+numbers, other order):
 1. one frame: the published weights convolve two copies of it, so the two halves of the kernel are added at export;
 2. patches come in window order from the host, as do windows and rotary values;
 3. windows are padded to one length and attended in one batch; the original takes them one by one. Where the picture's
@@ -22,7 +24,8 @@ from segzero_rt.graph_spec import vision_spec
 
 from .graph_builder import MICROSOFT, GraphBuilder
 from .lazy_weight import Floats, Weight
-from .policy_checkpoint import PolicyCheckpoint, VisionSizes
+from .policy_checkpoint import PolicyCheckpoint
+from .policy_sizes import VisionSizes
 from .weight_store import WeightStore
 
 TOWER_STORAGE = {"int4": "int8"}
@@ -53,7 +56,13 @@ def build_vision(
     """
     sizes = checkpoint.vision
     patch_dim = sizes.channels * sizes.patch_size**2
-    spec = vision_spec(patch_dim=patch_dim, head_dim=sizes.head_dim, hidden_size=checkpoint.text.hidden_size)
+    spec = vision_spec(
+        patch_dim=patch_dim,
+        head_dim=sizes.head_dim,
+        hidden_size=checkpoint.text.hidden_size,
+        deepstack=len(sizes.deepstack_blocks),
+        learned_positions=sizes.position_side > 0,
+    )
     builder = GraphBuilder(
         spec,
         storage=TOWER_STORAGE.get(storage, storage),
@@ -62,26 +71,54 @@ def build_vision(
         computed=computed,
         float32_products=float32_products,
     )
-    # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
-    patch_weight = builder.weight("patch_embed", _one_frame_weight(checkpoint), exact=True)
-    residual = builder.node("MatMul", [builder.reshape("patches", [-1, patch_dim]), patch_weight])
+    residual = _embed_patches(builder, checkpoint, patch_dim)
     whole = input_size_hw is not None and not any(length % sizes.window_size for length in input_size_hw)
     attention = _VisionAttention(builder, sizes, whole_windows=whole)
     branch: _Branch | None = None
+    deeper: list[str] = []  # features of the blocks in `deepstack_blocks`
     for block in range(sizes.depth):
         with builder.scope(f"blocks.{block}"):
             weights = _BlockWeights(checkpoint, block)
             x, residual = _norm(builder, branch, residual, "norm1", weights.norm("norm1"))
             builder.hidden[f"blocks.{block}"] = residual
+            if block - 1 in sizes.deepstack_blocks:
+                deeper.append(_merge_deeper(builder, residual, checkpoint, len(deeper)))
             mixed = attention.attend(x, weights, everywhere=block in sizes.full_attention_blocks)
             branch = _branch(builder, mixed, "proj", weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
             x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
             branch = _feed_forward(builder, x, weights, sizes)
     with builder.scope("merger"):
-        x, residual = _norm(builder, branch, residual, "norm", _norm_weights(checkpoint, "merger.ln_q"))
+        x, residual = _norm(
+            builder, branch, residual, "norm", _norm_weights(checkpoint, f"merger.{sizes.keys.merger_norm}")
+        )
         builder.hidden["merger"] = residual
-        _merge(builder, x, checkpoint)
+        features = [_merge(builder, x, checkpoint, "merger")]
+    if sizes.depth - 1 in sizes.deepstack_blocks:
+        deeper.append(_merge_deeper(builder, residual, checkpoint, len(deeper)))
+    _give_out(builder, [*features, *deeper], checkpoint)
     return builder
+
+
+def _embed_patches(builder: GraphBuilder, checkpoint: PolicyCheckpoint, patch_dim: int) -> str:
+    """Patches to the tower's width, float32 [batch * patches, hidden], plus learned positions where there are some."""
+    sizes = checkpoint.vision
+    flat = builder.reshape("patches", [-1, patch_dim])
+    # Kept in float32: a sum of two float16 weights would not round back to float16, and it takes the room of those two.
+    x = builder.node("MatMul", [flat, builder.weight("patch_embed", _one_frame_weight(checkpoint), exact=True)])
+    if sizes.patch_bias:
+        bias = checkpoint.weight("model.visual.patch_embed.proj.bias", (sizes.hidden_size,))
+        x = builder.node("Add", [x, builder.weight("patch_embed.bias", bias, dtype="float32")])
+    if not sizes.position_side:
+        return x
+    learned = checkpoint.weight("model.visual.pos_embed.weight", (sizes.position_side**2, sizes.hidden_size))
+    square = builder.weight("positions", learned, dtype="float32")
+    four = builder.node("Gather", [square, "position_taps"], axis=0)  # [patches, 4, hidden]
+    shares = builder.node("Unsqueeze", ["position_weights", builder.constant([2])])
+    mixed = builder.node("ReduceSum", [builder.node("Mul", [four, shares]), builder.constant([1])], keepdims=0)
+    per_picture = builder.node(
+        "Concat", [builder.lengths("patches", 0, 1), builder.constant([sizes.hidden_size])], axis=0
+    )
+    return builder.reshape(builder.node("Add", [builder.reshape(x, per_picture), mixed]), [-1, sizes.hidden_size])
 
 
 _Norm = tuple[Weight, Weight | None]
@@ -215,27 +252,47 @@ def _norm_weights(checkpoint: PolicyCheckpoint, name: str) -> _Norm:
 def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> _Branch:
     wide, narrow = sizes.intermediate_size, sizes.hidden_size
     if not sizes.gated:
-        hidden = builder.quick_gelu(builder.linear(x, "fc1", *weights.linear("mlp.fc1", wide, narrow), flat=True))
-        return _branch(builder, hidden, "fc2", weights.linear("mlp.fc2", narrow, wide))
+        hidden = builder.linear(x, "fc1", *weights.linear(sizes.keys.fc1, wide, narrow), flat=True)
+        hidden = builder.quick_gelu(hidden) if sizes.activation == "quick_gelu" else builder.tanh_gelu(hidden)
+        return _branch(builder, hidden, "fc2", weights.linear(sizes.keys.fc2, narrow, wide))
     gate = builder.linear(x, "gate", *weights.linear("mlp.gate_proj", wide, narrow), flat=True)
     up = builder.linear(x, "up", *weights.linear("mlp.up_proj", wide, narrow), flat=True)
     hidden = builder.gated(gate, up, "down")
     return _branch(builder, hidden, "down", weights.linear("mlp.down_proj", narrow, wide))
 
 
-def _merge(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint) -> None:
-    """Neighbouring patches (consecutive in window order) to one token, in the decoder's width and in raster order."""
+def _merge(builder: GraphBuilder, x: str, checkpoint: PolicyCheckpoint, merger: str) -> str:
+    """Neighbouring patches (consecutive in window order) to one token in the decoder's width, [batch * tokens, ...]."""
     sizes, hidden_size = checkpoint.vision, checkpoint.text.hidden_size
     wide = sizes.hidden_size * sizes.merge_size**2
     x = builder.reshape(x, [-1, wide])
-    prefix = "model.visual.merger.mlp."
-    for name, layer, out_width in (("fc1", 0, wide), ("fc2", 2, hidden_size)):
-        weight = checkpoint.weight(f"{prefix}{layer}.weight", (out_width, wide))
-        x = builder.linear(x, name, weight, checkpoint.weight(f"{prefix}{layer}.bias", (out_width,)), flat=True)
+    products = (("fc1", sizes.keys.merger_fc1, wide), ("fc2", sizes.keys.merger_fc2, hidden_size))
+    for name, key, out_width in products:
+        weight = checkpoint.weight(f"model.visual.{merger}.{key}.weight", (out_width, wide))
+        bias = checkpoint.weight(f"model.visual.{merger}.{key}.bias", (out_width,))
+        x = builder.linear(x, name, weight, bias, flat=True)
         x = builder.gelu(x) if name == "fc1" else x
-    shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, hidden_size])], axis=0)
-    features = builder.widened(builder.reshape(x, shape))
-    builder.node("Gather", [features, "token_order"], output="image_features", axis=1)
+    return x
+
+
+def _merge_deeper(builder: GraphBuilder, residual: str, checkpoint: PolicyCheckpoint, place: int) -> str:
+    """Features of what a block gave out: as `_merge`, but normed once four neighbours stand in one row."""
+    wide = checkpoint.vision.hidden_size * checkpoint.vision.merge_size**2
+    merger = f"deepstack_merger_list.{place}"
+    scale, bias = (checkpoint.weight(f"model.visual.{merger}.norm.{part}", (wide,)) for part in ("weight", "bias"))
+    with builder.scope(f"deepstack.{place}"):
+        x = builder.layer_norm(builder.reshape(residual, [-1, wide]), "norm", scale, bias, _EPSILON)
+        return _merge(builder, x, checkpoint, merger)
+
+
+def _give_out(builder: GraphBuilder, features: list[str], checkpoint: PolicyCheckpoint) -> None:
+    """All features of a token in one row, tokens in raster order."""
+    width = len(features) * checkpoint.text.hidden_size
+    rows = features[0] if len(features) == 1 else builder.node("Concat", features, axis=-1)
+    shape = builder.node("Concat", [builder.lengths("patches", 0), builder.constant([-1, width])], axis=0)
+    builder.node(
+        "Gather", [builder.widened(builder.reshape(rows, shape)), "token_order"], output="image_features", axis=1
+    )
 
 
 def _one_frame_weight(checkpoint: PolicyCheckpoint) -> Weight:

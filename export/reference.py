@@ -41,8 +41,7 @@ class TorchPolicy:
         """Sets the picture; returns its features, [tokens, hidden]."""
         self.set_picture(image_rgb)
         with self._torch.no_grad():
-            features: NDArray[np.float32] = self._model.model.visual(self._patches, self._grid).pooler_output.numpy()
-        return features
+            return all_features(self._model.model.visual(self._patches, self._grid))
 
     def set_picture(self, image_rgb: NDArray[np.uint8]) -> None:
         """Sets the picture, uint8 [H, W, 3], that `ask` and `reply` are about."""
@@ -114,6 +113,13 @@ class TorchPolicy:
                 return_dict_in_generate=True,
                 **options,
             )
+
+
+def all_features(output: Any) -> NDArray[np.float32]:
+    """A tower's output as the graphs give it, [tokens, hidden] of each depth that the decoder takes, side by side."""
+    depths = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    features: NDArray[np.float32] = np.concatenate([depth.detach().numpy() for depth in depths], axis=-1)
+    return features
 
 
 def _merged(model: Any, adapter: Path) -> Any:

@@ -14,6 +14,7 @@ from segzero_rt.errors import ExportError
 
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_embedding import TOKEN_TABLE_KEY
+from .reference import all_features
 
 _VISION, _TEXT = "model.visual.", "model.language_model."
 
@@ -47,6 +48,11 @@ class LayeredReference:
             self._stream(block, f"{_VISION}blocks.{place}", f"vision/blocks.{place}", f"blocks.{place}")
         self._stream(tower.patch_embed, f"{_VISION}patch_embed", "vision/patch_embed", None)
         self._stream(tower.merger, f"{_VISION}merger", "vision/merger", "merger")
+        if checkpoint.vision.position_side:
+            self._stream(tower.pos_embed, f"{_VISION}pos_embed", "vision/pos_embed", None)
+        for place in range(len(checkpoint.vision.deepstack_blocks)):
+            merger = f"deepstack_merger_list.{place}"
+            self._stream(tower.deepstack_merger_list[place], f"{_VISION}{merger}", f"vision/deepstack.{place}", None)
         for place, layer in enumerate(layers):
             self._stream(layer, f"{_TEXT}layers.{place}", f"decoder/layers.{place}", f"layers.{place}")
         self._stream(text.norm, f"{_TEXT}norm", "decoder/norm", "norm")
@@ -87,7 +93,7 @@ class LayeredReference:
                 part.register_forward_hook(self._watch(f"{place}.{name}"))
 
     def _keep_features(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self.features = output.pooler_output.detach().numpy()
+        self.features = all_features(output)
 
     def _watch(self, place: str) -> Callable[..., None]:
         def record(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

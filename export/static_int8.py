@@ -114,11 +114,16 @@ class FloatDecoder:
         sizes = {one.name: one.i for one in attention.attribute}
         groups = by.reshape(sizes["kv_num_heads"], sizes["num_heads"] // sizes["kv_num_heads"], -1)
         shared = groups.max(axis=1)
-        added = self._made_by.get(attention.input[0])
-        product = self._made_by.get(added.input[0]) if added is not None and added.op_type == "Add" else None
-        if added is None or product is None or product.op_type != "MatMul":
+        values = self._made_by.get(attention.input[2] or attention.input[0])  # the latter holds all three, packed
+        if values is not None and values.op_type == "Split":
+            values = self._made_by.get(values.input[0])
+        names = []
+        if values is not None and values.op_type == "Add":
+            names.append(values.input[1])
+            values = self._made_by.get(values.input[0])
+        if values is None or values.op_type != "MatMul":
             return None
-        for name in (product.input[1], added.input[1]):
+        for name in (values.input[1], *names):
             ones = np.ones(self.weights[name].shape[-1] - shared.size, np.float32)
             self._scale(name, np.concatenate([ones, shared.reshape(-1)]))
         return np.repeat(shared[:, None], groups.shape[1], axis=1).reshape(-1)

@@ -21,6 +21,17 @@ SIZES: dict[str, dict[str, Any]] = {
     "three-groups-all-windows": {"hidden": 96, "heads": 6, "kv_heads": 3, "layers": 3, "full_attention": ()},
     "no-windows": {"full_attention": (0, 1, 2)},
     "qwen2-vl": {"family": "qwen2_vl"},
+    "qwen3-vl": {"family": "qwen3_vl", "layers": 3},
+    "qwen3-vl-last-block": {
+        "family": "qwen3_vl",
+        "layers": 4,
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 16,
+        "tied": False,
+        "vision_heads": 2,
+        "deepstack": (0, 1, 2),
+    },
 }
 """Shapes of policies, by what is special about them."""
 
@@ -48,7 +59,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
 
     Args:
         sizes: any of hidden, layers, heads, kv_heads, mrope_section, vision_hidden, vision_depth, vision_heads,
-            window_size, full_attention, family ("qwen2_5_vl" or "qwen2_vl").
+            window_size, full_attention, head_dim, deepstack, family ("qwen2_5_vl", "qwen2_vl" or "qwen3_vl").
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -56,10 +67,10 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder)
     hidden, heads = sizes.get("hidden", 64), sizes.get("heads", 4)
-    section = (
-        sizes.get("mrope_section") or (hidden // heads // 2 - 2 * (hidden // heads // 6),) + (hidden // heads // 6,) * 2
-    )
     family = sizes.get("family", "qwen2_5_vl")
+    head_dim = sizes.get("head_dim", 32 if family == "qwen3_vl" else hidden // heads)
+    section = sizes.get("mrope_section") or (head_dim // 2 - 2 * (head_dim // 6),) + (head_dim // 6,) * 2
+    heads_apart = {"head_dim": head_dim} if family == "qwen3_vl" else {}
     config = AutoConfig.for_model(
         family,
         text_config={
@@ -69,6 +80,7 @@ def write_checkpoint(folder: Path, *, seed: int = 0, tied: bool = True, **sizes:
             "num_hidden_layers": sizes.get("layers", 2),
             "num_attention_heads": heads,
             "num_key_value_heads": sizes.get("kv_heads", 2),
+            **heads_apart,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": list(section)},
@@ -101,10 +113,15 @@ def _vision_config(family: str, hidden: int, sizes: dict[str, Any]) -> dict[str,
     common = {"depth": sizes.get("vision_depth", 3), "num_heads": sizes.get("vision_heads", 4)}
     if family == "qwen2_vl":
         return common | {"embed_dim": width, "hidden_size": hidden, "mlp_ratio": 2}
-    return common | {
+    common |= {
         "hidden_size": width,
         "intermediate_size": sizes.get("vision_intermediate", 100),
         "out_hidden_size": hidden,
+    }
+    if family == "qwen3_vl":
+        blocks = list(sizes.get("deepstack", (0, 1)))
+        return common | {"patch_size": 16, "num_position_embeddings": 49, "deepstack_visual_indexes": blocks}
+    return common | {
         "window_size": sizes.get("window_size", 112),
         "fullatt_block_indexes": list(sizes.get("full_attention", (1,))),
     }

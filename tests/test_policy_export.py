@@ -26,11 +26,11 @@ from segzero_rt.answer_format import SEG_ZERO
 from segzero_rt.errors import BackendError, BundleError, GraphError, ImageError, QuestionError
 from segzero_rt.policy import Policy
 
-INPUT_SIZES = {
-    "ragged-windows": (280, 280),  # 10 x 10 tokens, windows of 4
-    "one-cut-window": (84, 140),
-    "one-token": (28, 28),
-    "whole-windows": (112, 224),
+INPUT_TOKENS = {
+    "ragged-windows": (10, 10),  # windows of 4
+    "one-cut-window": (3, 5),
+    "one-token": (1, 1),
+    "whole-windows": (4, 8),
 }
 QUESTIONS = ["the red cup", "What is left of it?", "x", "Größe & 物体 🙂", "<|im_end|> is not the end"]
 
@@ -44,12 +44,14 @@ def policy(exported_policy: tuple[PolicyExport, Path]) -> Policy:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_graphs_equal_pytorch(policy_folders: Callable[[str], Path], tmp_path: Path, sizes: str, flavour: str) -> None:
     """Every question on every picture gives the same tokens, for input sizes whose windows differ."""
-    names = INPUT_SIZES if sizes == "grouped-heads" else ["ragged-windows"]
+    names = INPUT_TOKENS if sizes in ("grouped-heads", "qwen3-vl") else ["ragged-windows"]
+    side = 32 if SIZES[sizes].get("family") == "qwen3_vl" else 28
     for name in names:
+        rows, columns = INPUT_TOKENS[name]
         gate = export_policy(
             policy_folders(sizes),
             tmp_path / name,
-            input_size_hw=INPUT_SIZES[name],
+            input_size_hw=(rows * side, columns * side),
             flavour=flavour,
             max_length=800,
             max_new_tokens=24,
