@@ -10,7 +10,7 @@ DEMO_PICTURE ?= docs/tabletop.png
 DEMO_QUESTION ?= the green scissors
 
 PACKAGING := setup.py pyproject.toml segzero_rt/__init__.py
-SOURCES = $(shell find segzero_rt export training -name '*.py' -o -name '*.cu*' -o -name '*.hpp' -o -path 'segzero_rt/bundles/*' -type f)
+SOURCES = $(shell find segzero_rt export training -name '*.py' -o -name '*.cu*' -o -name '*.[ch]pp' -o -path 'segzero_rt/bundles/*' -type f)
 
 .PHONY: demo test test-fast lint clean
 

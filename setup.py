@@ -3,15 +3,21 @@
 The folders `export/` and `training/` of the checkout are installed as `segzero_rt.export` and `segzero_rt.training`: a
 top-level `training` would overwrite that of PyPI's `sam2`, which ships one too. They hold a few hundred kilobytes of
 Python and import torch only when their commands run, so they travel in the one wheel; their dependencies are extras.
+
+The kernels are an optional extension module: where there is no C++ compiler, or `SEGZERO_EXTENSION=0` says so, the
+wheel is one for any platform and the runtime compiles them later or uses their Python reference.
 """
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
@@ -56,7 +62,34 @@ DEV = [
     "pytest>=8",
     "ruff>=0.6",
     "setuptools>=70.1",
+    # What gIoU, cIoU and the rates about nothing are compared with; it stands on torch, which [train] brings.
+    "torchmetrics>=1.4",
 ]
+
+
+KERNELS = "segzero_rt/kernels"
+
+
+def kernel_modules() -> list[Extension]:
+    """The compiled kernels: for any processor, and once more for recent x86; none where they cannot be built."""
+    facts = runpy.run_path(str(HERE / KERNELS / "sources.py"))
+    compiler = os.environ.get("CXX", "").split()[:1] or ["g++", "c++"]
+    if os.environ.get("SEGZERO_EXTENSION") == "0" or os.name != "posix" or not any(map(shutil.which, compiler)):
+        return []
+    variants = {facts["MODULE_NAME"]: ()}
+    if platform.machine() in ("x86_64", "AMD64"):
+        variants[facts["FAST_MODULE_NAME"]] = facts["FAST_FLAGS"]
+    return [
+        Extension(
+            f"segzero_rt.kernels.{name}",
+            [f"{KERNELS}/{facts['MODULE_SOURCE']}"],
+            define_macros=list(facts["macros"](name)),
+            extra_compile_args=[*facts["FLAGS"], *flags],
+            language="c++",
+            optional=True,
+        )
+        for name, flags in variants.items()
+    ]
 
 
 class CleanBuildPy(build_py):
@@ -78,6 +111,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     cmdclass={"build_py": CleanBuildPy},
+    ext_modules=kernel_modules(),
     packages=[
         "segzero_rt",
         "segzero_rt.commands",
@@ -92,7 +126,7 @@ setup(
     package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
     package_data={
         "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],
-        "segzero_rt.kernels": ["*.cu", "*.cuh", "*.hpp"],
+        "segzero_rt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.hpp"],
         "segzero_rt.training": ["accelerate/*.yaml"],
     },
     install_requires=CORE,
@@ -135,6 +169,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],

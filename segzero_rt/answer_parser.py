@@ -51,6 +51,7 @@ from segzero_rt.answer_tags import (
 )
 from segzero_rt.json_reader import Dialect, JsonFault, read_json
 from segzero_rt.json_tolerant import read_tolerant
+from segzero_rt.kernels.backend import answer_reader
 
 ParseMode = Literal["rfc8259", "vision_reasoner", "seg_zero", "tolerant"]
 MODES: tuple[ParseMode, ...] = ("rfc8259", "vision_reasoner", "seg_zero", "tolerant")
@@ -114,10 +115,11 @@ def parse_answer(
     Raises:
         ValueError: a size that is not positive, or an unknown mode: the caller's mistake, not the text's.
     """
-    from segzero_rt.kernels.parse_prompts import compiled_reading  # which takes its definition from here
-
-    check_request(input_size_hw, source_size_hw, mode)
-    reading = compiled_reading(text, answer_format, (*input_size_hw, *source_size_hw), finished, mode) or read_reply(
+    reader = answer_reader()
+    answer = reader and reader(text, answer_format, input_size_hw, source_size_hw, finished, mode)
+    if isinstance(answer, Answer):
+        return answer
+    reading = read_reply(
         text,
         answer_format=answer_format,
         input_size_hw=input_size_hw,

@@ -9,18 +9,17 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hostile_corpus import CORPUS
-from kernel_builds import BUILDS
+from kernel_builds import BUILDS, forced_kernels
 
 from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.answer_format import FORMATS, SEG_ZERO, VISION_REASONER, AnswerFormat
 from segzero_rt.answer_parser import MAX_OBJECTS, MODES, ParseMode, parse_answer
-from segzero_rt.kernels.backend import KERNELS_VARIABLE
 
 REAL_OUTPUTS = Path(__file__).resolve().parents[1] / ".." / "shared" / "assets" / "model_outputs.jsonl.gz"
 NEEDS_REAL_OUTPUTS = pytest.mark.skipif(not REAL_OUTPUTS.exists(), reason=f"real outputs are not at {REAL_OUTPUTS}")
@@ -28,10 +27,10 @@ BOUNDLESS_HW = (1_000_000, 1_000_000)
 
 
 @pytest.fixture(params=BUILDS, autouse=True)
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def build(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything here holds for every build of the kernels."""
-    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
-    return str(request.param)
+    with forced_kernels(request.param):
+        yield str(request.param)
 
 
 def _parse(

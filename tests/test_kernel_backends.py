@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel_builds import NEEDS_COMPILER
+from kernel_builds import NEEDS_COMPILER, forget_choice
 
 from segzero_rt.answer_format import VISION_REASONER
 from segzero_rt.answer_parser import parse_answer
 from segzero_rt.errors import BackendError
-from segzero_rt.kernels import backend
 from segzero_rt.kernels.backend import KERNELS_VARIABLE, resolve_kernels
-from segzero_rt.kernels.build import CACHE_VARIABLE, COMPILER_VARIABLE, HERE, host_library, library_path
+from segzero_rt.kernels.build import CACHE_VARIABLE, COMPILER_VARIABLE, host_library, library_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -25,9 +24,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test resolves for itself, and none sees what the environment forces."""
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
-    backend._resolved.cache_clear()
+    forget_choice()
     yield
-    backend._resolved.cache_clear()
+    forget_choice()
 
 
 def _compiler(path: Path, script: str) -> Path:
@@ -44,9 +43,8 @@ def test_the_reference_is_always_there() -> None:
 @NEEDS_COMPILER
 def test_auto_takes_the_hosts_build_where_there_is_a_compiler() -> None:
     chosen = resolve_kernels()
-    assert str(chosen) == "host" and chosen.library is not None
-    assert Path(chosen.detail).is_file()
-    assert HERE not in Path(chosen.detail).parents, "the package's folder is never written to"
+    assert str(chosen) == "host" and chosen.library is not None and chosen.module is not None
+    assert Path(chosen.library._name) == Path(str(chosen.module.__file__)), "one file for replies and masks"
     assert resolve_kernels("auto").detail == resolve_kernels("host").detail
 
 
@@ -82,7 +80,7 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(COMPILER_VARIABLE, str(_compiler(tmp_path / "cxx", script)))
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     for _ in range(2):
-        backend._resolved.cache_clear()
+        forget_choice()
         chosen = resolve_kernels()
         assert str(chosen) == "reference" and "no such header" in chosen.detail
     with pytest.raises(BackendError, match="no such header"):
@@ -90,6 +88,16 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest
     assert asked.read_text() == "x\n"
     (failure,) = (tmp_path / "cache").iterdir()
     assert str(failure) in chosen.detail, "it says what to remove to try again"
+
+
+@NEEDS_COMPILER
+def test_without_pythons_headers_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segzero_rt.kernels.build.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr("segzero_rt.kernels.backend.installed_module", lambda: None)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert "Python.h" in resolve_kernels().detail
+    with pytest.raises(BackendError, match="python3-dev"):
+        resolve_kernels("host")
 
 
 def test_a_library_that_does_not_load_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +123,7 @@ def test_the_cache_tells_builds_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     one = library_path(str(_compiler(tmp_path / "one", "exit 0")))
     assert one == library_path(str(tmp_path / "one"))
     assert one != library_path(str(_compiler(tmp_path / "two", "exit 0"))), "another compiler"
-    monkeypatch.setattr("segzero_rt.kernels.build.FLAGS", ("-O0",))
+    monkeypatch.setattr("segzero_rt.kernels.build.NATIVE_FLAGS", ("-O0",))
     assert one != library_path(str(tmp_path / "one")), "other flags"
 
 

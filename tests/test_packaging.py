@@ -3,41 +3,91 @@
 from __future__ import annotations
 
 import configparser
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from kernel_builds import NEEDS_COMPILER
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
-_KERNEL_SOURCES = {".cu", ".cuh", ".hpp"}
+_KERNEL_SOURCES = {".cpp", ".cu", ".cuh", ".hpp"}
 
 STALE = "left_by_an_earlier_build.py"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def _build_wheel(folder: Path, **variables: str) -> zipfile.ZipFile:
     """The wheel, built from a copy: building in the checkout would leave `build/` and an egg-info behind."""
-    import shutil
-
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    source, target = folder / "source", folder / "wheel"
+    source.mkdir()
     for name in _COPIED:
         path = REPOSITORY / name
         if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(path, source / name)
     stale = source / "build/lib/segzero_rt" / STALE
     stale.parent.mkdir(parents=True)
     stale.write_text("")
     command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(target)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, **variables}
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300, env=environment)
     (built,) = target.glob("*.whl")
     return zipfile.ZipFile(built)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel for any platform."""
+    return _build_wheel(tmp_path_factory.mktemp("any"), SEGZERO_EXTENSION="0")
+
+
+def _modules(wheel: zipfile.ZipFile) -> list[str]:
+    return [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+def test_without_the_extension_the_wheel_is_for_any_platform(wheel: zipfile.ZipFile) -> None:
+    assert str(wheel.filename).endswith("-py3-none-any.whl") and _modules(wheel) == []
+
+
+def test_a_compiler_that_is_not_there_is_no_reason_to_fail(tmp_path: Path) -> None:
+    built = _build_wheel(tmp_path, CXX=str(tmp_path / "no-such-compiler"))
+    assert str(built.filename).endswith("-py3-none-any.whl") and _modules(built) == []
+
+
+def test_a_compiler_that_fails_is_no_reason_to_fail(tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    built = _build_wheel(tmp_path, CXX=str(compiler), CC=str(compiler))
+    assert _modules(built) == [] and "segzero_rt/kernels/host_module.cpp" in built.namelist()
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_the_extension_is_built_where_a_compiler_is_and_found_where_it_is_installed(tmp_path: Path) -> None:
+    built = _build_wheel(tmp_path)
+    fast = platform.machine() == "x86_64"
+    assert len(_modules(built)) == 1 + fast
+    built.extractall(tmp_path / "site")
+    code = "from segzero_rt.kernels.backend import resolve_kernels; print(resolve_kernels('host').detail)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "SEGZERO_CACHE": str(tmp_path / "cache")}
+    environment["CXX"] = "no-such-compiler"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout
+    assert not (tmp_path / "cache").exists()
+    changed = tmp_path / "site/segzero_rt/kernels/masks.cuh"
+    changed.write_text(changed.read_text("utf-8") + "// changed\n", "utf-8")
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "expected a C++ compiler" in run.stderr, "a module of other sources does not count"
 
 
 def test_the_wheel_has_one_top_level_name(wheel: zipfile.ZipFile) -> None:
@@ -78,7 +128,7 @@ def test_the_launch_configurations_are_in_the_wheel(wheel: zipfile.ZipFile) -> N
 def test_the_kernels_sources_are_in_the_wheel_and_nothing_compiled(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     sources = {path.name for path in (REPOSITORY / "segzero_rt/kernels").iterdir() if path.suffix in _KERNEL_SOURCES}
-    assert {"parse_prompts.cu", "postprocess_masks.cu", "portable.cuh", "components.hpp"} <= sources
+    assert {"parse_prompts.cu", "postprocess_masks.cu", "host_module.cpp", "components.hpp"} <= sources
     assert {f"segzero_rt/kernels/{name}" for name in sources} <= names
     assert not any(name.endswith((".so", ".o", ".cubin", ".ptx", ".failed")) for name in names)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_builds import BUILDS
+from kernel_builds import BUILDS, forced_kernels
 
-from segzero_rt.kernels.backend import KERNELS_VARIABLE
 from segzero_rt.pipeline import SegZero
 from segzero_rt.policy import Generation
 
@@ -46,12 +45,10 @@ def saying(pipeline: SegZero, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
 
 @pytest.mark.parametrize("name", REPLIES)
 @pytest.mark.parametrize("build", BUILDS)
-def test_answers_masks_and_run_lengths_are_the_same(
-    build: str, name: str, saying: Callable[[str], SegZero], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(KERNELS_VARIABLE, build)
-    result = saying(REPLIES[name])(PICTURE, "the red mug")
-    document = result.to_json()
+def test_answers_masks_and_run_lengths_are_the_same(build: str, name: str, saying: Callable[[str], SegZero]) -> None:
+    with forced_kernels(build):
+        result = saying(REPLIES[name])(PICTURE, "the red mug")
+        document = result.to_json()
     del document["timings_ms"]
     document["masks"] = result.masks.tobytes()
     assert document == _first.setdefault(name, document)

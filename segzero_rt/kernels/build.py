@@ -1,27 +1,41 @@
-"""Compiles the kernels for this host with g++, once per source, compiler and processor, into the user's cache.
+"""Finds the kernels that were installed with the package, or compiles them with g++ into the user's cache.
 
-The package's own folder is never written to. A build that failed is remembered with the compiler's message, so that
-`auto` does not try again at every start; `forget_failure` is for whoever has mended the compiler.
+`setup.py` builds the module where a compiler is, for any processor and once more for recent x86. Where that was not
+done, or from other source files than these, it is compiled when it is first needed: once per source, Python, compiler
+and processor. The package's own folder is never written to. A build that failed is remembered with the compiler's
+message, so that `auto` does not try again at every start; the error says which file to remove.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from segzero_rt.errors import BackendError
+from segzero_rt.kernels.sources import (
+    FAST_FEATURES,
+    FAST_MODULE_NAME,
+    FLAGS,
+    HERE,
+    MODULE_NAME,
+    MODULE_SOURCE,
+    macros,
+    source_digest,
+)
 
 COMPILER_VARIABLE = "CXX"
 CACHE_VARIABLE = "SEGZERO_CACHE"
-HERE = Path(__file__).parent
-SOURCES = ("parse_prompts.cu", "postprocess_masks.cu")
-# No contraction: a fused multiply-add stands exactly where the source says `fmaf`, as in the reference and on a device.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+NATIVE_FLAGS = (*FLAGS, "-march=native", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()))
 _TIMEOUT_S = 300
 
 
@@ -40,13 +54,47 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "segzero-rt"
 
 
+def installed_module() -> ModuleType | None:
+    """The module that was built with the package, the fastest that this processor takes; None if there is none.
+
+    One that was built from other source files than these does not count: in a checkout they change.
+    """
+    names = [MODULE_NAME]
+    if platform.machine() in ("x86_64", "AMD64") and processor_features() >= FAST_FEATURES:
+        names.insert(0, FAST_MODULE_NAME)
+    for name in names:
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            path = HERE / f"{name}{suffix}"
+            if path.is_file():
+                try:
+                    module = load_module(path, name)
+                except ImportError:
+                    continue  # of another Python's make
+                if source_digest() == module.SOURCES:
+                    return module
+    return None
+
+
+def load_module(path: Path, name: str = MODULE_NAME) -> ModuleType:
+    """Loads a compiled module from its file.
+
+    Raises:
+        ImportError: the file is no such module, or the system cannot load it.
+    """
+    loader = importlib.machinery.ExtensionFileLoader(f"segzero_rt.kernels.{name}", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
 def library_path(compiler: str) -> Path:
-    """Where the library of this source, compiler and processor is, or would be."""
-    digest = hashlib.sha256()
-    for path in sorted(HERE.glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    """Where the library of this source, Python, compiler and processor is, or would be."""
+    digest = hashlib.sha256(source_digest().encode())
     stat = Path(compiler).resolve().stat()  # asking the compiler for its version would start it each time
-    facts = (*FLAGS, compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor())
+    python = sysconfig.get_config_var("EXT_SUFFIX")
+    facts = (*NATIVE_FLAGS, compiler, stat.st_size, stat.st_mtime_ns, platform.machine(), _processor(), python)
     digest.update(repr(facts).encode())
     return cache_folder() / f"kernels_{digest.hexdigest()[:24]}.so"
 
@@ -55,7 +103,8 @@ def host_library() -> Path:
     """The compiled library, built now if it is not there.
 
     Raises:
-        BackendError: no compiler, an earlier or present build failed, or the cache cannot be written.
+        BackendError: no compiler, no headers of Python, an earlier or present build failed, or the cache cannot be
+            written.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -66,6 +115,12 @@ def host_library() -> Path:
     library = library_path(compiler)
     if library.is_file():
         return library
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").is_file():
+        raise BackendError(
+            f"expected Python's C headers to compile the host kernels, found no Python.h in {headers}; install them "
+            "(python3-dev)"
+        )
     failure = library.with_suffix(".failed")
     if failure.is_file():
         raise BackendError(
@@ -89,11 +144,11 @@ def host_library() -> Path:
     return library
 
 
-def compile_library(
-    compiler: str, target: Path, flags: tuple[str, ...] = FLAGS, sources: tuple[str, ...] = SOURCES
-) -> str | None:
-    """Compiles the sources to a shared library; returns the compiler's first complaint, None if it had none."""
-    command = [compiler, *flags, "-shared", "-o", str(target), "-x", "c++", *(str(HERE / name) for name in sources)]
+def compile_library(compiler: str, target: Path, flags: tuple[str, ...] = NATIVE_FLAGS) -> str | None:
+    """Compiles the module to a shared library; returns the compiler's first complaint, None if it had none."""
+    defined = [f"-D{key}={value}" for key, value in macros(MODULE_NAME)]
+    headers = sysconfig.get_paths()["include"]
+    command = [compiler, *flags, *defined, "-I", headers, "-shared", "-o", str(target), str(HERE / MODULE_SOURCE)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
@@ -102,6 +157,15 @@ def compile_library(
         return None
     complaints = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
     return complaints[0][:300] if complaints else f"exit status {run.returncode}"
+
+
+def processor_features() -> frozenset[str]:
+    """What the processor can do, by Linux's names; empty where that is not known."""
+    for line in _processor().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
 
 
 def _processor() -> str:

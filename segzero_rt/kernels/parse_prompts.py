@@ -79,25 +79,6 @@ def decode_reply(data: bytes) -> str:
     return _characters(data)[0]
 
 
-def compiled_reading(
-    text: str, answer_format: AnswerFormat, sizes: tuple[int, int, int, int], finished: bool, mode: ParseMode
-) -> Reading | None:
-    """One reply by the host's build, arguments checked; None where that is not used, or the request is beyond it."""
-    library = resolve_kernels().library
-    if library is None or len(text) > MAX_REPLY_BYTES // 4 or max(sizes) > MAX_SIDE:
-        return None
-    from segzero_rt.kernels.parse_prompts_host import read_on_host, rules_of
-
-    rules = rules_of(answer_format)
-    if rules is None:
-        return None
-    data = encode_reply(text)
-    code, (begin, end), num_objects, prompts = read_on_host(library, data, rules, sizes, finished, mode)
-    if len(data) != len(text):  # characters and bytes differ
-        begin, end = len(decode_reply(data[:begin])), len(decode_reply(data[:end]))
-    return Reading(status=STATUSES[code], thinking_span=(begin, end), prompts=prompts, num_objects=num_objects)
-
-
 def parse_prompts(
     replies: Sequence[bytes],
     *,
@@ -122,34 +103,54 @@ def parse_prompts(
     Raises:
         ValueError: a size or a reply beyond the limits, arrays that do not fit, or an unknown mode; with compiled
             kernels also a format with keys beyond theirs (four point keys, 32 ASCII characters).
+        TypeError: a reply that is not bytes.
     """
     if mode not in MODES:
         raise ValueError(f"expected a mode of {', '.join(MODES)}, got {mode!r}")
-    sizes = _sizes(input_size_hw, source_size_hw, len(replies))
-    ended = np.ascontiguousarray(np.broadcast_to(np.asarray(finished, np.bool_), (len(replies),)))
-    longest = max(map(len, replies), default=0)
-    if longest > MAX_REPLY_BYTES:
-        raise ValueError(f"expected replies of up to {MAX_REPLY_BYTES} bytes, got {longest}; cut it")
+    sizes, ended = _sizes(input_size_hw, source_size_hw), np.atleast_1d(np.asarray(finished, np.bool_))
+    count = len(replies)
+    if ended.ndim != 1 or not {len(sizes), len(ended)} <= {1, count}:
+        raise ValueError(
+            f"expected sizes and ends for {count} replies or one for all, got {len(sizes)} sizes and ends of shape "
+            f"{list(ended.shape)}"
+        )
     chosen = kernels or resolve_kernels()
-    if chosen.library is not None:
+    if chosen.module is not None:
         from segzero_rt.kernels.parse_prompts_host import parse_on_host
 
-        return parse_on_host(chosen.library, replies, answer_format, sizes, ended, mode)
+        return parse_on_host(chosen.module, replies, answer_format, sizes, np.ascontiguousarray(ended), mode)
+    return _reference(replies, answer_format, sizes, ended, mode)
+
+
+def _reference(
+    replies: Sequence[bytes],
+    answer_format: AnswerFormat,
+    sizes: NDArray[np.int32],
+    finished: NDArray[np.bool_],
+    mode: ParseMode,
+) -> ParsedReplies:
+    for reply in replies:
+        if not isinstance(reply, bytes):
+            raise TypeError(f"expected replies as bytes, got {type(reply).__name__}")
+        if len(reply) > MAX_REPLY_BYTES:
+            raise ValueError(f"expected replies of up to {MAX_REPLY_BYTES} bytes, got {len(reply)}; cut it")
+    each_size = np.broadcast_to(sizes, (len(replies), 4)).tolist()
+    each_end = np.broadcast_to(finished, (len(replies),)).tolist()
     readings = [
-        _read_bytes(reply, answer_format, size.tolist(), bool(end), mode)
-        for reply, size, end in zip(replies, sizes, ended, strict=True)
+        _read_bytes(reply, answer_format, size, end, mode)
+        for reply, size, end in zip(replies, each_size, each_end, strict=True)
     ]
     return _packed(readings)
 
 
 def _sizes(
-    input_size_hw: tuple[int, int] | NDArray[np.integer],
-    source_size_hw: tuple[int, int] | NDArray[np.integer],
-    count: int,
+    input_size_hw: tuple[int, int] | NDArray[np.integer], source_size_hw: tuple[int, int] | NDArray[np.integer]
 ) -> NDArray[np.int32]:
-    """Input height and width, source height and width of each reply: int32 [N, 4]."""
-    pairs = [np.broadcast_to(np.asarray(pair, np.int64), (count, 2)) for pair in (input_size_hw, source_size_hw)]
-    sizes = np.concatenate(pairs, axis=1)
+    """Input height and width, source height and width of each reply: int32 [N, 4]; [1, 4] if all have the same."""
+    pairs = [np.atleast_2d(np.asarray(pair, np.int64)) for pair in (input_size_hw, source_size_hw)]
+    if any(pair.ndim != 2 or pair.shape[1] != 2 for pair in pairs):
+        raise ValueError(f"expected sizes as a pair or [N, 2], got {input_size_hw} and {source_size_hw}")
+    sizes = np.concatenate(np.broadcast_arrays(*pairs), axis=1)
     if sizes.size and (sizes.min() < 1 or sizes.max() > MAX_SIDE):
         raise ValueError(f"expected positive sizes up to {MAX_SIDE}, got {sizes.min()} to {sizes.max()}")
     return np.ascontiguousarray(sizes.astype(np.int32))
