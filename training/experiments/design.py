@@ -145,11 +145,13 @@ class ExperimentPreset:
 
 
 def tabletop() -> ExperimentPreset:
-    """The shipped pair's base policy on two CPU cores; GRPO's recipe is the preset `tabletop`'s."""
+    """The shipped pair's base policy on two CPU cores; GRPO's recipe is the preset `tabletop`'s, cut to a fifth: most of
+    what it gains it gains in its first hundred steps.
+    """
     recipe = grpo_presets.tabletop()
     centre = recipe.learning_rate
     return ExperimentPreset(
-        name="tabletop", grpo=recipe, steps=240, sweep_steps=60, evaluations=6, sweep_evaluations=2,
+        name="tabletop", grpo=recipe, steps=120, sweep_steps=40, evaluations=6, sweep_evaluations=2,
         grpo_rates=(centre / 3, centre, 3 * centre), sft_rates=(1e-4, 3e-4, 1e-3), seeds=(1, 2, 3),
         sft_batch=recipe.prompts_per_step, validation_questions=144, test_questions=360, ood_questions=240,
         retention_pictures=120,
