@@ -114,6 +114,7 @@ setup(
     ext_modules=kernel_modules(),
     packages=[
         "segzero_rt",
+        "segzero_rt.bench",
         "segzero_rt.commands",
         "segzero_rt.engines",
         "segzero_rt.kernels",
@@ -144,6 +145,7 @@ setup(
         "deepspeed": [*TRAIN, "deepspeed>=0.18"],
         "vllm": [*TRAIN, "vllm>=0.12"],
         "eval": EVAL,
+        "plot": ["matplotlib>=3.8"],
         # ROS 2's wheels exist for Python 3.11 alone.
         "ros": [
             'ros-rclpy[fastrtps]; python_version == "3.11"',

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,19 @@ def environment_card(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name)) is not None},
+    }
+
+
+def device_card() -> dict[str, Any]:
+    """GPUs, how the machine is set to trade speed for power, and the checkout's commit; None and empty as above."""
+    from segzero_rt.preflight.machine import read_machine
+
+    return {
+        "gpus": [f"{gpu.name} (compute capability {gpu.capability})" for gpu in read_machine().gpus],
+        "power_mode": _first_line_of(["nvpmodel", "-q"]),
+        "cpu_governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        # Marked when files differ from it; an installed package lies in no checkout of its own.
+        "commit": _first_line_of(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
     }
 
 
@@ -69,6 +83,22 @@ def _total_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip() or None
+    except OSError:
+        return None
+
+
+def _first_line_of(command: list[str]) -> str | None:
+    """What a program says; None where it is absent or refuses."""
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.splitlines()[0] if said else None
 
 
 def _load_average() -> list[float] | None:

@@ -1,0 +1,1 @@
+"""What `segzero bench` measures, one file per kind of measurement."""

@@ -1,0 +1,265 @@
+"""What `segzero bench` holds stages against: work counted on graphs, peaks measured on the spot, energy, pictures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from segzero_rt.bench.ceiling import Ceiling, measure_ceiling
+from segzero_rt.bench.meters import Meter, integrate, readable_zones, tegrastats_watts
+from segzero_rt.bench.onnx_session import open_session
+from segzero_rt.bench.peaks import Peaks, measure_peaks, product_model
+from segzero_rt.bench.plots import DISTRIBUTION, ROOFLINE, WATERFALL, write_plots
+from segzero_rt.bench.tasks import make_tasks
+from segzero_rt.bench.work import ProfiledNode, StageWork, count_flops, count_work
+from segzero_rt.bundle import Bundle
+from segzero_rt.cli import main
+from segzero_rt.errors import OutputError
+from segzero_rt.graph import resolve_backend
+
+PEAKS = Peaks(flops={"float32": 1e11, "int8": 1e12}, read_rates={1 << 20: 40e9, 1 << 27: 10e9})
+
+
+def node(operator: str, *inputs: tuple[int, ...], output: tuple[int, ...], dtype: str = "float") -> ProfiledNode:
+    return ProfiledNode(operator=operator, dtype=dtype, inputs=inputs, output=output)
+
+
+@pytest.mark.parametrize(
+    ("one", "cached", "expected"),
+    [
+        pytest.param(node("MatMul", (7, 5), (5, 3), output=(7, 3)), 0, {"float32": 2 * 7 * 5 * 3}, id="product"),
+        pytest.param(
+            node("MatMul", (2, 4, 7, 5), (2, 4, 5, 3), output=(2, 4, 7, 3)), 0, {"float32": 1680}, id="batch"
+        ),
+        pytest.param(
+            node("Gemm", (7, 5), (3, 5), (3,), output=(7, 3), dtype="float16"), 0, {"float16": 210}, id="16 bits"
+        ),
+        pytest.param(
+            node("MatMulIntegerToFloat", (7, 5), (), (3,), output=(7, 3), dtype="uint8"), 0, {"int8": 210}, id="8 bits"
+        ),
+        pytest.param(node("MatMulNBits", (1, 64), (9, 2, 16), output=(1, 9)), 0, {"int8": 2 * 64 * 9}, id="4 bits"),
+        pytest.param(
+            node("Conv", (1, 3, 8, 8), (6, 3, 2, 2), output=(1, 6, 4, 4)), 0, {"float32": 2 * 96 * 12}, id="convolution"
+        ),
+        pytest.param(  # a depthwise kernel sees one channel
+            node("Conv", (1, 6, 8, 8), (6, 1, 3, 3), (6,), output=(1, 6, 8, 8)), 0, {"float32": 6912}, id="depthwise"
+        ),
+        pytest.param(
+            node("ConvTranspose", (1, 8, 4, 4), (8, 2, 2, 2), (2,), output=(1, 2, 8, 8)), 0, {"float32": 2 * 128 * 8},
+            id="transposed",
+        ),
+        pytest.param(
+            node("MultiHeadAttention", (1, 10, 16), (1, 20, 16), (1, 20, 16), output=(1, 10, 16)), 0,
+            {"float32": 2 * 2 * 10 * 20 * 16}, id="attention",
+        ),
+        pytest.param(  # three tokens after four: they see 5, 6 and 7
+            node("GroupQueryAttention", (1, 3, 32), (1, 1, 99, 8), output=(1, 3, 16)), 4, {"float32": 4 * 18 * 16},
+            id="cached attention",
+        ),
+        pytest.param(node("Softmax", (7, 5), output=(7, 5)), 0, {}, id="no product"),
+    ],
+)  # fmt: skip
+def test_counts_operations_as_by_hand(one: ProfiledNode, cached: int, expected: dict[str, float]) -> None:
+    assert count_flops([one], cached_tokens=cached) == expected
+    assert count_flops([one, one], cached_tokens=cached) == {kind: 2 * count for kind, count in expected.items()}
+
+
+def test_counts_the_work_of_a_bundles_graphs(tiny_bundle_path: Path) -> None:
+    bundle = Bundle.open(tiny_bundle_path)
+    work = count_work(bundle, next(make_tasks(None, 1)))
+    assert set(work) == {"vision", "prefill", "token", "mask_encode", "mask_decode"}
+    assert all(stage.num_bytes > 0 and sum(stage.flops.values()) > 0 for stage in work.values())
+    policy = bundle.manifest.policy
+    # A product of the decoder meets every token once; attention comes on top, and logits are asked for once.
+    tokens = sum(work["prefill"].flops.values()) / sum(work["token"].flops.values())
+    pictures = (policy.input_size_hw[0] // 28) * (policy.input_size_hw[1] // 28)
+    assert pictures < tokens < policy.max_length
+    assert work["token"].num_bytes > work["prefill"].num_bytes, "the token reads the cache"
+
+
+def test_a_stage_takes_the_longer_of_reading_and_computing() -> None:
+    reading = StageWork(flops={"float32": 1e6}, num_bytes=1 << 20)
+    computing = StageWork(flops={"float32": 1e9, "int8": 1e9}, num_bytes=1 << 20)
+    large = StageWork(flops={"float32": 1e6}, num_bytes=1 << 30)
+    assert reading.ceiling_ms(PEAKS) == pytest.approx((1 << 20) / 40e6)
+    assert computing.ceiling_ms(PEAKS) == pytest.approx(10 + 1)
+    assert large.ceiling_ms(PEAKS) == pytest.approx((1 << 30) / 10e6), "read from memory, not from a cache"
+    assert StageWork(flops={"float16": 1e9}, num_bytes=1).ceiling_ms(PEAKS) == pytest.approx(1), "best known peak"
+    assert Peaks.from_json(PEAKS.to_json()) == PEAKS and PEAKS.bandwidth == 10e9
+    assert PEAKS.bandwidth_of(5) == 40e9
+
+
+def test_guesses_are_computed_but_read_once_a_run() -> None:
+    work = {
+        "token": StageWork(flops={"float32": 1e8}, num_bytes=1 << 20),
+        "vision": StageWork(flops={"int8": 1e9}, num_bytes=1),
+    }
+    ceiling = Ceiling(peaks=PEAKS, work=work)
+    fractions = ceiling.fractions({"decode": 100.0, "vision": 4.0, "parse": 1.0}, {"runs": 5.0, "drafted": 20.0})
+    assert fractions == {"decode": pytest.approx(25 * 1.0 / 100), "vision": pytest.approx(0.25)}
+    assert "decode" not in ceiling.fractions({"decode": 100.0}, {})
+
+
+@pytest.mark.parametrize(("operator", "types", "dtypes"), [
+    ("MatMul", (1, 1, 1), (np.float32, np.float32)), ("MatMulInteger", (2, 3, 6), (np.uint8, np.int8)),
+])  # fmt: skip
+def test_the_graph_written_by_hand_multiplies(
+    operator: str, types: tuple[int, int, int], dtypes: tuple[type, type]
+) -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 100, (3, 300)).astype(dtypes[0]), rng.integers(-100, 100, (300, 5)).astype(dtypes[1])
+    session = open_session(product_model(operator, 3, right, types=types), resolve_backend("cpu"), 1)
+    (product,) = session.run(None, {"x": left})
+    np.testing.assert_array_equal(product, left.astype(np.int64) @ right.astype(np.int64))
+
+
+def test_peaks_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segzero_rt.bench.peaks._SECONDS", 0.01)
+    monkeypatch.setattr("segzero_rt.bench.peaks._SIDES", {"cpu": 256})
+    peaks = measure_peaks(resolve_backend("cpu"), 1)
+    assert set(peaks.flops) == {"float32", "int8"} and min(peaks.flops.values()) > 1e8
+    rates = [peaks.read_rates[size] for size in sorted(peaks.read_rates)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 1e7
+
+
+def test_a_backend_without_a_counter_is_told(tiny_bundle_path: Path) -> None:
+    settings = {"bundle": str(tiny_bundle_path), "images": None, "backend": "tensorrt", "threads": 1}
+    problem = measure_ceiling(settings)
+    assert isinstance(problem, str) and "expected a backend of" in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "watts"),
+    [
+        pytest.param("RAM 2722/7620MB CPU [1%@729] VDD_IN 5123mW/5040mW VDD_SOC 1002mW/990mW", 5.123, id="Orin Nano"),
+        pytest.param("GR3D_FREQ 0% VDD_GPU_SOC 2386mW/2386mW VDD_CPU_CV 795mW/795mW VIN_SYS_5V0 2721mW/2721mW", 5.902,
+                     id="AGX Orin"),
+        pytest.param("RAM 1/2MB POM_5V_IN 2532/2532 POM_5V_GPU 0/0 POM_5V_CPU 405/405", 2.532, id="JetPack 4"),
+        pytest.param("RAM 2722/7620MB CPU [1%@729]", None, id="no rail"),
+        pytest.param("", None, id="empty"),
+    ],
+)  # fmt: skip
+def test_reads_power_from_tegrastats(line: str, watts: float | None) -> None:
+    assert tegrastats_watts(line) == (None if watts is None else pytest.approx(watts))
+
+
+def test_energy_is_the_area_under_power() -> None:
+    assert integrate([(0.0, 2.0), (1.0, 4.0), (3.0, 4.0)]) == pytest.approx(3 + 8)
+
+
+class RecordedNvml:
+    """The driver's library, as its header says that it is called; 3 J and 2 GB between two looks."""
+
+    def __init__(self) -> None:
+        self.millijoules = 1_000_000
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:
+        device._obj.value = 1
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, out: Any) -> int:
+        out._obj.value = self.millijoules
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, device: Any, out: Any) -> int:
+        out._obj.used = 2_000_000_000
+        return 0
+
+
+def no_library(name: str) -> Any:
+    raise OSError(name)
+
+
+def test_measures_energy_and_memory_where_the_machine_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    (tmp_path / "intel-rapl:0:0").mkdir()
+    zone.mkdir()
+    (zone / "energy_uj").write_text("5000000")
+    assert readable_zones(tmp_path) == [zone], "a part of a package is in it already"
+    monkeypatch.setattr("segzero_rt.bench.meters._SAMPLE_S", 0.001)
+    library = RecordedNvml()
+    with Meter(load=lambda _: library, powercap=tmp_path) as meter:
+        library.millijoules += 3000
+        (zone / "energy_uj").write_text("7500000")
+        end_s = time.monotonic() + 60
+        while meter._peak_bytes is None and time.monotonic() < end_s:
+            time.sleep(0.001)
+    assert meter.reading.to_json(2) == {
+        "joules_per_question": {"nvml": pytest.approx(1.5), "rapl": pytest.approx(1.25)},
+        "device_peak_memory_bytes": 2_000_000_000,
+    }
+    with Meter(load=no_library, powercap=tmp_path / "missing") as meter:
+        pass
+    assert meter.reading.to_json(1) == {"joules_per_question": None, "device_peak_memory_bytes": None}
+
+
+def test_a_counter_that_ran_over_gives_no_figure(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "energy_uj").write_text("5000000")
+    with Meter(load=no_library, powercap=tmp_path) as meter:
+        (zone / "energy_uj").write_text("10")
+    assert meter.reading.joules == {}
+
+
+def bench_document() -> dict[str, Any]:
+    percentiles = {"p50": 10.0, "p90": 12.0, "p99": 13.0}
+    work = {
+        "vision": StageWork(flops={"float32": 1e9}, num_bytes=4e6),
+        "token": StageWork(flops={"int8": 1e7}, num_bytes=5e6),
+    }
+    return {
+        "stages_ms": {
+            "preprocess": percentiles,
+            "vision": percentiles,
+            "mask_encode": percentiles,
+            "total": percentiles,
+        },
+        "end_to_end_ms": percentiles,
+        "end_to_end_all_ms": [10.0, 9.0, 13.0],
+        "stages_apart_ms": {"vision": percentiles, "token": percentiles, "parse": percentiles},
+        "ceiling": Ceiling(peaks=PEAKS, work=work).to_json(),
+        "environment": {"bundle": {"name": "tabletop"}, "backend": "cpu", "cpu": "some", "cores": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        pytest.param((), [WATERFALL, DISTRIBUTION, ROOFLINE], id="all"),
+        pytest.param(("ceiling",), [WATERFALL, DISTRIBUTION], id="no ceiling"),
+        pytest.param(("stages_ms", "stages_apart_ms"), [], id="no single stream"),
+    ],
+)
+def test_draws_what_there_are_figures_for(tmp_path: Path, without: tuple[str, ...], expected: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    document = {name: value for name, value in bench_document().items() if name not in without}
+    assert write_plots(document, str(tmp_path / "new")) == expected
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(expected)
+    for name in expected:
+        picture = cv2.imread(str(tmp_path / "new" / name))
+        assert picture.shape[1] == 1200 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+
+
+def test_says_what_to_install_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", str(tmp_path), "--bundle", "gone"]) == 2
+    assert "install 'segzero-rt[plot]'" in capsys.readouterr().err
+
+
+def test_refuses_a_file_as_a_folder_for_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="expected a folder"):
+        write_plots(bench_document(), str(tmp_path / "file"))
