@@ -15,7 +15,7 @@ from .grpo_report import write_report
 
 METRICS_NAME = "metrics.jsonl"
 REPORT_NAME = "report.html"
-_STEP = "step"
+STEP = "step"
 
 
 class MetricsLog(TrainerCallback):
@@ -26,7 +26,7 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line[_STEP] <= state.global_step]
+            kept = [line for line in read_metrics(self.path) if line[STEP] <= state.global_step]
             temporary = self.path.with_suffix(".part")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
@@ -35,7 +35,7 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero:
             logs: dict[str, Any] = given["logs"]
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({_STEP: state.global_step, **logs}) + "\n")
+                file.write(json.dumps({STEP: state.global_step, **logs}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -145,8 +145,8 @@ class ExperimentPreset:
 
 
 def tabletop() -> ExperimentPreset:
-    """The shipped pair's base policy on two CPU cores; GRPO's recipe is the preset `tabletop`'s, cut to a fifth: most of
-    what it gains it gains in its first hundred steps.
+    """The shipped pair's base policy on two CPU cores; GRPO's recipe is the preset `tabletop`'s, a fifth as long: most
+    of what it gains it gains in its first hundred steps.
     """
     recipe = grpo_presets.tabletop()
     centre = recipe.learning_rate
