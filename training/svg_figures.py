@@ -21,7 +21,7 @@ def figure_with_axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def save_svg(figure: Any, path: Path) -> None:
-    """Writes the picture to a temporary name and renames it; without a date, so that the same lines make the same file."""
+    """Writes to a temporary name and renames; without a date, so that the same lines make the same file."""
     from matplotlib import rc_context
 
     temporary = path.with_suffix(".part")
