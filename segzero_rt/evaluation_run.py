@@ -37,11 +37,11 @@ class RecordJournal:
         try:
             data = path.read_bytes() if path.exists() else b""
             whole = data.rfind(b"\n") + 1  # a line that was being written when the run was stopped goes
-            if not whole:
+            if whole:
+                self._read(data[:whole].split(b"\n")[:-1], settings)
+            if not self.done:
                 path.write_text(json.dumps({_SETTINGS: dict(settings)}) + "\n", encoding="utf-8")
-                return
-            self._read(data[:whole].split(b"\n")[:-1], settings)
-            if whole < len(data):
+            elif whole < len(data):
                 with path.open("rb+") as file:
                     file.truncate(whole)
         except OSError as error:
@@ -59,7 +59,7 @@ class RecordJournal:
                 f"{self.path}: expected the records of a stopped evaluation: {error}; remove the file"
             ) from error
         settings = json.loads(json.dumps(settings))
-        if changed := [name for name in settings if earlier.get(name) != settings[name]]:
+        if self.done and (changed := [name for name in settings if earlier.get(name) != settings[name]]):
             name = changed[0]
             raise OutputError(
                 f"{self.path} is of a stopped evaluation with {name} {earlier.get(name)!r:.80}, this one has "
@@ -122,7 +122,7 @@ def run_evaluation(
             new = earlier[1]
         else:
             new = list(itertools.islice(_ask(key, load, asking, warm=warm), room))
-            warm = True
+            warm = warm or any(record.latency_ms > 0 for record in new)  # a broken picture asks nothing
             if journal:
                 journal.add(key, new)
         by_picture.append((key, new))

@@ -171,8 +171,8 @@ def _open_set(arguments: argparse.Namespace) -> EvaluationSet:
 
 
 def _settings(arguments: argparse.Namespace, dataset: EvaluationSet, card: Mapping[str, str]) -> dict[str, Any]:
-    """What must be the same for a stopped evaluation to go on."""
-    names = ("limit", "broken", "reuse_view", "format", "max_new_tokens", "backend")
+    """What must be the same for a stopped evaluation to go on. `--broken zero` may be added to one that stopped."""
+    names = ("limit", "reuse_view", "format", "max_new_tokens", "backend")
     paths = {
         name: str(Path(value).resolve())
         for name in ("dataset", "images", "refs")
