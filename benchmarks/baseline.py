@@ -53,7 +53,7 @@ def main() -> None:
         by_threads[str(threads)] = json.loads(child.stdout.splitlines()[-1])
         print(f"{threads} threads: {_line(by_threads[str(threads)])}", file=sys.stderr)
     document = {"unit": "ms", "round_weights": arguments.round_weights, "by_threads": by_threads}
-    path = write_result("baseline", document, arguments.out)
+    path = write_result("baseline", document, arguments.out, variant=arguments.variant)
     print(json.dumps({"result": str(path), "by_threads": by_threads}))
 
 
@@ -194,6 +194,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--draft-tokens", type=int, help="tokens that segzero-rt guesses ahead (default: as users get; 0: none)"
+    )
+    parser.add_argument(
+        "--variant", default="", help="put behind the file's name, such as int8, so that several can be kept"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result file")
     parser.add_argument("--only-threads", type=int, help=argparse.SUPPRESS)
