@@ -22,6 +22,7 @@ from segzero_rt.bundle import Bundle, check_target, write_bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.commands.output import print_document
 from segzero_rt.errors import ExportError, SegZeroError
+from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
@@ -156,7 +157,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="name in the manifest (default: the preset's)")
     parser.add_argument("--format", choices=tuple(FORMATS), help="default answer format (default: the preset's)")
-    parser.add_argument("--flavour", choices=("ort", "portable"), help="operators: ort for ONNX Runtime's own")
+    parser.add_argument(
+        "--flavour",
+        choices=DECODER_FLAVOURS,
+        help="operators: ort has ONNX Runtime's own, portable plain ones, trt11 those of TensorRT from 10.15 on",
+    )
     parser.add_argument("--storage", choices=POLICY_STORAGES, help="weights in the files (default: the preset's)")
     parser.add_argument(
         "--computed", choices=COMPUTED, help="what a portable policy's graphs compute in (default: float32)"
@@ -342,7 +347,7 @@ def _export_segmenter(
         work,
         config=arguments.segmenter_config,
         storage="float16" if in_16_bits else _SEGMENTER_STORAGE.get(preset.storage, preset.storage),
-        flavour=preset.flavour,
+        flavour="ort" if preset.flavour == "ort" else "portable",
         computed=arguments.segmenter_computed,
         float32_products=arguments.segmenter_float32,
         mask_prompts=preset.mask_prompts,

@@ -32,6 +32,8 @@ from .weight_store import InlineStore, WeightStore, disk_error, external_tensor
 
 OPSET = 17
 IR_VERSION = 8
+TRT11_OPSET, TRT11_IR_VERSION = 24, 12
+"""The first opset with `TensorScatter`, and the format that came with it. TensorRT reads them from 10.15 on."""
 MICROSOFT = "com.microsoft"
 INT8_FROM_WIDTH = 64
 """Narrower rows take as long to be quantised as their product saves: 48 gained nothing, 96 halved it (VNNI, AMX)."""
@@ -52,6 +54,7 @@ class GraphBuilder:
         store: takes the weights; the model itself by default.
         computed: what products and attention are computed in, one of `COMPUTED`.
         float32_products: paths of products (such as "blocks.31/down") that stay in float32 whatever `computed` says.
+        opset: `OPSET`, or `TRT11_OPSET` for operators that took several nodes before.
     """
 
     def __init__(
@@ -63,12 +66,14 @@ class GraphBuilder:
         store: WeightStore | None = None,
         computed: str = "float32",
         float32_products: Collection[str] = (),
+        opset: int = OPSET,
     ) -> None:
         check_precision(storage, computed, fused=fused)
         self.spec = spec
         self.storage = storage
         self.fused = fused
         self.computed = computed
+        self.opset = opset
         self.hidden: dict[str, str] = {}
         """Tensors that hold the residual as a layer takes it in, by the layer's name."""
         self.store = store or InlineStore()
@@ -254,6 +259,8 @@ class GraphBuilder:
         scale = self.weight(name, weight, dtype="float32")
         if self.fused:
             return self.node("SimplifiedLayerNormalization", [x, scale], axis=-1, epsilon=epsilon, stash_type=1)
+        if self.opset >= TRT11_OPSET:
+            return self.narrowed(self.node("RMSNormalization", [x, scale], axis=-1, epsilon=epsilon))
         square = self.node("Mul", [x, x])
         mean = self.node("ReduceMean", [square], axes=[-1], keepdims=1)
         root = self.node("Sqrt", [self.node("Add", [mean, self.constant(epsilon, "float32")])])
@@ -361,11 +368,11 @@ class GraphBuilder:
             [_value_info(tensor) for tensor in self.spec.outputs],
             self._initializers,
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self.opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name="segzero-rt")
-        model.ir_version = IR_VERSION
+        model.ir_version = TRT11_IR_VERSION if self.opset >= TRT11_OPSET else IR_VERSION
         return model
 
     def save(self, path: Path) -> None:
@@ -404,7 +411,7 @@ def check_precision(storage: str, computed: str, *, fused: bool) -> None:
     if computed not in COMPUTED:
         raise ExportError(f"expected a graph computed in {', '.join(COMPUTED)}, got {computed!r}")
     if storage in QUANTIZED_STORAGES and not fused:
-        raise ExportError(f"expected flavour ort for {storage} weights, got portable; its operators know floats alone")
+        raise ExportError(f"expected flavour ort for {storage} weights, got another; those operators know floats alone")
     if computed != "float32" and fused:
         raise ExportError(f"expected flavour portable for a graph computed in {computed}, got ort; that is float32")
     if computed != "float32" and storage != computed:

@@ -69,11 +69,11 @@ def export_policy(
         hf_folder: `config.json`, safetensors and `tokenizer.json`.
         adapter: a LoRA adapter in PEFT's layout, merged into the weights on the way.
         input_size_hw: size in pixels that pictures are resized to, in multiples of a token's side.
-        flavour: of the decoder, "ort" or "portable".
+        flavour: of the decoder, one of `DECODER_FLAVOURS`.
         storage: precision of the weights in the files. Floats ("float16", "bfloat16", "float32") are computed in
             float32; "int8" is computed in int8, faster and less exact; "int4" is the decoder's in 4 bits and the
             tower's in 8. The last two are for flavour "ort" alone.
-        computed: what "portable" graphs are computed in, if not float32; weights are stored alike.
+        computed: what graphs are computed in, for flavours other than "ort"; weights are stored alike.
         float32_products: products that stay in float32 in a graph of 16 bits, beside those of `float32_by_rule`.
         resampler: what training resized with.
         max_length: tokens of the cache, for prefix, picture, question and reply together.
@@ -110,7 +110,10 @@ def export_policy(
     precision = Precision(storage=storage, computed=computed, float32_products=(*by_rule, *float32_products))
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = PolicyGraphWriter(checkpoint, folder, precision, flavour=flavour, input_size_hw=input_size_hw)
+    max_length = min(max_length, checkpoint.text.max_position_embeddings)
+    graphs = PolicyGraphWriter(
+        checkpoint, folder, precision, flavour=flavour, input_size_hw=input_size_hw, max_length=max_length
+    )
     graphs.plan(external)
     graphs.write()
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -186,7 +189,7 @@ def _manifest(
         vocab_size=text.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,
         image_token_id=checkpoint.image_token_id,
-        max_length=min(max_length, text.max_position_embeddings),
+        max_length=max_length,
         max_new_tokens=max_new_tokens,
         graphs=PolicyGraphs(
             vision="policy/vision.onnx", embedding="policy/embedding.onnx", decoder="policy/decoder.onnx"

@@ -1,4 +1,4 @@
-"""The policy's decoder as a graph, node by node, in two flavours (see `decoder_spec`).
+"""The policy's decoder as a graph, node by node, in three flavours (see `decoder_spec`).
 
     inputs_embeds ─► layers × [ norm ─► qkv ─► attention with cache ─► o ─► + norm ─► gate·up ─► down ─► + ] ─► norm
                   ─► output layer ─► logits
@@ -14,11 +14,12 @@ Where this departs from transformers' `Qwen2_5_VLTextModel` and `Qwen3VLTextMode
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Protocol
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import decoder_spec
 
-from .graph_builder import MICROSOFT, GraphBuilder, float_storage
+from .graph_builder import MICROSOFT, OPSET, TRT11_OPSET, GraphBuilder, float_storage
 from .lazy_weight import Weight
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_embedding import TABLE_FILE, TOKEN_TABLE_KEY
@@ -40,15 +41,17 @@ def build_decoder(
     computed: str = "float32",
     store: WeightStore | None = None,
     float32_products: Collection[str] = (),
+    max_length: int | None = None,
 ) -> GraphBuilder:
     """The decoder's graph.
 
     Args:
-        flavour: "ort" or "portable".
+        flavour: one of `DECODER_FLAVOURS`.
         storage: precision of the weights in the file, one of `POLICY_STORAGES`.
-        computed: precision of products and attention; other than float32 for "portable" alone.
+        computed: precision of products and attention; float32 for "ort".
         store: takes the weights; the model itself by default.
         float32_products: see `GraphBuilder`.
+        max_length: tokens of the cache, which stand in a graph of flavour "trt11".
     """
     text = checkpoint.text
     if flavour == "ort" and text.head_dim % _FUSED_HEAD_MULTIPLE:
@@ -65,6 +68,7 @@ def build_decoder(
         vocab_size=text.vocab_size,
         cache_dtype=cache_dtype(computed),
         deepstack=len(checkpoint.vision.deepstack_blocks),
+        max_length=max_length,
     )
     builder = GraphBuilder(
         spec,
@@ -73,8 +77,10 @@ def build_decoder(
         store=store,
         computed=computed,
         float32_products=float32_products,
+        opset=TRT11_OPSET if flavour == "trt11" else OPSET,
     )
-    attention = _FusedAttention(builder, text) if flavour == "ort" else _PortableAttention(builder, text)
+    kinds = {"ort": _FusedAttention, "portable": _PortableAttention, "trt11": _LayerAttention}
+    attention: _Attention = kinds[flavour](builder, text)
     deepstack = len(checkpoint.vision.deepstack_blocks)
     residual = _embeds_part(builder, 0, text) if deepstack else "inputs_embeds"
     branch = ""  # output of the last half-layer, not yet added to `residual`
@@ -146,6 +152,14 @@ class _LayerWeights:
         return self._checkpoint.weight(self._prefix + name, shape)
 
 
+class _Attention(Protocol):
+    """From packed queries, keys and values, [batch, new, q + k + v], to what they mix, [batch, new, q]."""
+
+    def __init__(self, builder: GraphBuilder, text: TextSizes) -> None: ...
+
+    def attend(self, packed: str, layer: int, norms: tuple[Weight, Weight] | None) -> str: ...
+
+
 class _FusedAttention:
     """GroupQueryAttention of ONNX Runtime: rotates, writes the cache in place and attends, per row of the batch."""
 
@@ -201,17 +215,10 @@ class _PortableAttention:
 
     def attend(self, packed: str, layer: int, norms: tuple[Weight, Weight] | None) -> str:
         builder, text = self._builder, self._text
-        split = _split(builder, packed, text)
-        query, key = self._heads(split[0], text.num_heads), self._heads(split[1], text.num_kv_heads)
-        if norms is not None:
-            query, key = (
-                _head_norm(builder, builder.widened(x), part, scale, text)
-                for x, part, scale in zip((query, key), "qk", norms, strict=True)
-            )
+        query, key, value = _heads(builder, packed, text, norms)
         query, key = self._rotate(query), self._rotate(key)
         query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, builder.computed)])
         query = builder.reshape(query, [0, text.num_kv_heads, -1, text.head_dim])
-        value = self._heads(split[2], text.num_kv_heads)
         builder.node("Identity", [key], output=f"new_key_{layer}")
         builder.node("Identity", [value], output=f"new_value_{layer}")
         scores = [
@@ -235,15 +242,60 @@ class _PortableAttention:
         attended = builder.reshape(builder.node("Add", mixed), [0, text.num_heads, -1, text.head_dim])
         return builder.reshape(builder.node("Transpose", [attended], perm=[0, 2, 1, 3]), [0, 0, text.queries_width])
 
-    def _heads(self, x: str, num_heads: int) -> str:
-        """[batch, new, heads * head_dim] to [batch, heads, new, head_dim]."""
-        split = self._builder.reshape(x, [0, 0, num_heads, self._text.head_dim])
-        return self._builder.node("Transpose", [split], perm=[0, 2, 1, 3])
-
     def _rotate(self, x: str) -> str:
         """In float32, whatever is computed in: an angle of 900 has no place in 16 bits."""
         builder = self._builder
         return builder.narrowed(builder.rotate(builder.widened(x), self._cos, self._sin))
+
+
+class _LayerAttention:
+    """Operators of opset 24 that TensorRT reads as IRotaryEmbedding, IKVCacheUpdate and IAttention layers.
+
+    Its parser takes no past keys in `Attention` and no second output, so the cache is updated before and read whole.
+    The update wants caches of four axes and a fixed capacity, rows along axis -2, which are inputs and outputs of the
+    network themselves. The layer knows no scale, so queries are scaled before it.
+    """
+
+    def __init__(self, builder: GraphBuilder, text: TextSizes) -> None:
+        self._builder = builder
+        self._text = text
+        self._bias = builder.narrowed("attention_bias")
+
+    def attend(self, packed: str, layer: int, norms: tuple[Weight, Weight] | None) -> str:
+        builder, text = self._builder, self._text
+        query, key, value = _heads(builder, packed, text, norms)
+        query, key = (
+            builder.narrowed(builder.node("RotaryEmbedding", [builder.widened(x), "rotary_cos", "rotary_sin"]))
+            for x in (query, key)
+        )
+        query = builder.node("Mul", [query, builder.constant(text.head_dim**-0.5, builder.computed)])
+        cache = [
+            builder.node(
+                "TensorScatter",
+                [f"past_{part}_{layer}", rows, "write_indices"],
+                output=f"present_{part}_{layer}",
+                axis=-2,
+            )
+            for part, rows in (("key", key), ("value", value))
+        ]
+        mixed = builder.node("Attention", [query, *cache, self._bias], scale=1.0)
+        return builder.reshape(builder.node("Transpose", [mixed], perm=[0, 2, 1, 3]), [0, 0, text.queries_width])
+
+
+def _heads(
+    builder: GraphBuilder, packed: str, text: TextSizes, norms: tuple[Weight, Weight] | None
+) -> tuple[str, str, str]:
+    """Queries, keys and values, [batch, heads, new, head_dim] each; the first two normed where the family does."""
+    query, key, value = (
+        builder.node("Transpose", [builder.reshape(x, [0, 0, -1, text.head_dim])], perm=[0, 2, 1, 3])
+        for x in _split(builder, packed, text)
+    )
+    if norms is not None:
+        query, key = (
+            _head_norm(builder, builder.widened(x), part, scale, text)
+            for x, part, scale in zip((query, key), "qk", norms, strict=True)
+        )
+    return query, key, value
 
 
 def _embeds_part(builder: GraphBuilder, part: int, text: TextSizes) -> str:

@@ -62,6 +62,7 @@ class PolicyGraphWriter:
         *,
         flavour: str,
         input_size_hw: tuple[int, int],
+        max_length: int | None = None,
     ) -> None:
         self.folder = folder
         self.precision = precision
@@ -75,6 +76,7 @@ class PolicyGraphWriter:
         self._checkpoint = checkpoint
         self._flavour = flavour
         self._input_size_hw = input_size_hw
+        self._max_length = max_length
         self._external = False
 
     @property
@@ -143,7 +145,7 @@ class PolicyGraphWriter:
         }
         if name == "vision":
             return build_vision(self._checkpoint, input_size_hw=self._input_size_hw, **options)  # type: ignore[arg-type]
-        return build_decoder(self._checkpoint, **options)  # type: ignore[arg-type]
+        return build_decoder(self._checkpoint, max_length=self._max_length, **options)  # type: ignore[arg-type]
 
     def _file_store(self, name: str, *, whole_file: bool = False) -> FileStore:
         fingerprint = f"{self._checkpoint.fingerprint()} {self.precision} {self._flavour} {self._input_size_hw}"

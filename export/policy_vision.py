@@ -81,12 +81,13 @@ def build_vision(
             weights = _BlockWeights(checkpoint, block)
             x, residual = _norm(builder, branch, residual, "norm1", weights.norm("norm1"))
             builder.hidden[f"blocks.{block}"] = residual
-            if block - 1 in sizes.deepstack_blocks:
-                deeper.append(_merge_deeper(builder, residual, checkpoint, len(deeper)))
+            entering = residual
             mixed = attention.attend(x, weights, everywhere=block in sizes.full_attention_blocks)
             branch = _branch(builder, mixed, "proj", weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
             x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
             branch = _feed_forward(builder, x, weights, sizes)
+        if block - 1 in sizes.deepstack_blocks:
+            deeper.append(_merge_deeper(builder, entering, checkpoint, len(deeper)))
     with builder.scope("merger"):
         x, residual = _norm(
             builder, branch, residual, "norm", _norm_weights(checkpoint, f"merger.{sizes.keys.merger_norm}")

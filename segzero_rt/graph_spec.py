@@ -19,8 +19,10 @@ from segzero_rt.errors import GraphError
 Dimension = int | str
 
 DTYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
-DECODER_FLAVOURS = ("ort", "portable")
-"""`ort`: fused attention of ONNX Runtime that writes the KV cache in place. `portable`: plain operators of opset 17."""
+DECODER_FLAVOURS = ("ort", "portable", "trt11")
+"""`ort`: fused attention of ONNX Runtime that writes the KV cache in place. `portable`: plain operators of opset 17.
+`trt11`: attention, cache update, rotary embedding and norms as operators of opset 24, which TensorRT from 10.15 on
+reads as layers of its own; the vision tower and the embedding are those of `portable`."""
 
 MASKED = -3.0e4
 """Added to attention scores that must not count: exp() of it is 0 and it still fits into float16."""
@@ -220,6 +222,7 @@ def decoder_spec(
     vocab_size: int,
     cache_dtype: str = "float32",
     deepstack: int = 0,
+    max_length: int | None = None,
 ) -> GraphSpec:
     """Decoder of the policy with an explicit KV cache.
 
@@ -231,11 +234,14 @@ def decoder_spec(
       so that the new rows are written in place.
     * `portable`: the rotary values of the new tokens; `attention_bias`, 0 where token `new` may look and `MASKED`
       elsewhere, over the cache's capacity followed by the new tokens; the cache is only read, the new rows come out.
+    * `trt11`: `write_indices` (per row, tokens in the cache before this run); `attention_bias` over the cache alone,
+      for the new rows are written before it is read; the cache is bound as past and present. Its capacity is
+      `max_length` and stands in the file: TensorRT wants to know it when it builds.
 
-    The cache of a layer is `[batch, kv_heads, capacity, head_dim]` in both, of `cache_dtype`.
+    The cache of a layer is `[batch, kv_heads, capacity, head_dim]` in all, of `cache_dtype`.
 
     Raises:
-        ValueError: an unknown flavour.
+        ValueError: an unknown flavour, or `trt11` without `max_length`.
     """
     if flavour not in DECODER_FLAVOURS:
         raise ValueError(f"expected a decoder flavour of {', '.join(DECODER_FLAVOURS)}, got {flavour!r}")
@@ -247,17 +253,24 @@ def decoder_spec(
             TensorSpec("rotary_cos", "float32", ("max_length", half)),
             TensorSpec("rotary_sin", "float32", ("max_length", half)),
         )
-        rows = "capacity"
-        prefix = "present"
+    elif flavour == "trt11":
+        if max_length is None:
+            raise ValueError("expected max_length for flavour trt11, got none: its cache has a fixed capacity")
+        placement = (
+            TensorSpec("write_indices", "int64", ("batch",)),
+            TensorSpec("attention_bias", "float32", ("batch", 1, "new", max_length)),
+            TensorSpec("rotary_cos", "float32", ("batch", "new", half)),
+            TensorSpec("rotary_sin", "float32", ("batch", "new", half)),
+        )
     else:
         placement = (
             TensorSpec("attention_bias", "float32", ("batch", 1, "new", "capacity_and_new")),
             TensorSpec("rotary_cos", "float32", ("batch", "new", half)),
             TensorSpec("rotary_sin", "float32", ("batch", "new", half)),
         )
-        rows = "new"
-        prefix = "new"
-    past = _cache_tensors("past", num_layers, ("batch", num_kv_heads, "capacity", head_dim), cache_dtype)
+    capacity: Dimension = max_length if flavour == "trt11" and max_length is not None else "capacity"
+    rows, prefix = ("new", "new") if flavour == "portable" else (capacity, "present")
+    past = _cache_tensors("past", num_layers, ("batch", num_kv_heads, capacity, head_dim), cache_dtype)
     written = _cache_tensors(prefix, num_layers, ("batch", num_kv_heads, rows, head_dim), cache_dtype)
     return GraphSpec(
         name="decoder",

@@ -1,8 +1,9 @@
 """The decoder's memory: keys and values of every token so far, their lengths, and the positions of what comes next.
 
-Decoder flavours differ here and nowhere else. Both keep `[batch, kv_heads, capacity, head_dim]` per layer and never
-copy it for a token: `ort` graphs write their new rows into the bound buffer, `portable` graphs return the new rows and
-the cache puts them in place. Shortening a cache is free, so a picture's prefix serves any number of questions.
+Decoder flavours differ here and nowhere else. All keep `[batch, kv_heads, capacity, head_dim]` per layer and never
+copy it for a token: `ort` and `trt11` graphs write their new rows into the bound buffer, `portable` graphs return the
+new rows and the cache puts them in place. Shortening a cache is free, so a picture's prefix serves any number of
+questions.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class KVCache(ABC):
         graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None = None, *, batch: int = 1
     ) -> KVCache:
         """An empty cache for `table.max_length` tokens, of the kind that the decoder's flavour needs."""
-        kind = InPlaceCache if graph.spec.flavour == "ort" else ReturnedRowsCache
-        return kind(graph, sizes, table, picture, batch)
+        kinds: dict[str, type[KVCache]] = {"ort": InPlaceCache, "portable": ReturnedRowsCache, "trt11": ScatteredCache}
+        return kinds[graph.spec.flavour](graph, sizes, table, picture, batch)
 
     @property
     def batch(self) -> int:
@@ -318,3 +319,54 @@ class ReturnedRowsCache(KVCache):
         for index, old in enumerate(self._buffers):
             self._buffers[index] = self._allocate(wanted)
             self._buffers[index][:, :, :rows] = old
+
+
+class ScatteredCache(KVCache):
+    """For `trt11` graphs: one buffer per layer of a fixed capacity, bound as past and present; all of it is attended.
+
+    What lies behind a row's tokens is masked, so it may hold anything.
+    """
+
+    def __init__(
+        self, graph: Graph, sizes: CacheSizes, table: MropeTable, picture: PictureSpan | None, batch: int
+    ) -> None:
+        super().__init__(graph, sizes, table, picture, batch)
+        shape = self._cache_shape(self.capacity)
+        self._buffers: list[Buffer] = [graph.empty(shape, self._dtype.name) for _ in range(2 * sizes.num_layers)]
+        self._write_indices = np.zeros(batch, dtype=np.int64)
+        self._bias = np.zeros(0, dtype=np.float32)
+        self._new_rotary = (self._bias, self._bias)
+        self._latest: BoundGraph | None = None  # the only binding that the arrays above belong to
+
+    def _bind(self, embeds: Floats, logits_rows: NDArray[np.int64], logits: Floats) -> BoundGraph:
+        new, half = embeds.shape[1], self.sizes.head_dim // 2
+        self._bias = np.zeros((self.batch, 1, new, self.capacity), dtype=np.float32)
+        shape = (self.batch, new, half)
+        self._new_rotary = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        inputs = {
+            "inputs_embeds": embeds,
+            "logits_rows": logits_rows,
+            "write_indices": self._write_indices,
+            "attention_bias": self._bias,
+            "rotary_cos": self._new_rotary[0],
+            "rotary_sin": self._new_rotary[1],
+            **dict(zip(self._names("past"), self._buffers, strict=True)),
+        }
+        outputs = {"logits": logits, **dict(zip(self._names("present"), self._buffers, strict=True))}
+        self._latest = self._graph.bind(inputs, outputs)
+        return self._latest
+
+    def _prepare(self, new: int) -> None:
+        self._write_indices[:] = self.lengths
+        for row, length in enumerate(self.lengths):
+            places = length + np.arange(new)
+            hidden = np.arange(self.capacity) > places[:, None]
+            self._bias[row, 0] = np.where(hidden, np.float32(MASKED), np.float32(0.0))
+            self._new_rotary[0][row] = self._rotary[0][places]
+            self._new_rotary[1][row] = self._rotary[1][places]
+
+    def _keep(self, new: int) -> None:
+        """Nothing to do: the graph wrote them."""
+
+    def _stale(self, bound: BoundGraph, new: int) -> bool:
+        return bound is not self._latest

@@ -429,6 +429,7 @@ def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
             vocab_size=manifest.vocab_size,
             cache_dtype=manifest.cache_dtype,
             deepstack=manifest.deepstack,
+            max_length=manifest.max_length,
         ),
     }
 

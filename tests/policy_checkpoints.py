@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import numpy as np
 
 from segzero_rt.answer_format import FORMATS
 from segzero_rt.bundle import Bundle
+from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import Manifest, SegmenterGraphs, SegmenterManifest
+
+_OPSET_24_RUNTIME = (1, 25)
+RUNNABLE_FLAVOURS = [
+    flavour
+    for flavour in DECODER_FLAVOURS
+    if flavour != "trt11" or tuple(map(int, version("onnxruntime").split(".")[:2])) >= _OPSET_24_RUNTIME
+]
+"""Those whose operators the installed ONNX Runtime has."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="writes checkpoints with transformers")
 pytest.importorskip("transformers", reason="writes checkpoints with transformers")
 
-from policy_checkpoints import write_checkpoint
+from policy_checkpoints import RUNNABLE_FLAVOURS, write_checkpoint
 
 from export.policy_checkpoint import PolicyCheckpoint
 from export.policy_decoder import build_decoder
@@ -19,7 +19,7 @@ from segzero_rt.graph import Graph
 from segzero_rt.kv_cache import CacheSizes, KVCache, ReturnedRowsCache
 from segzero_rt.positions import MropeTable, PictureSpan
 
-FLAVOURS = ["ort", "portable"]
+CAPACITY = 64
 PICTURE = PictureSpan(start=3, grid_hw=(3, 4))
 LENGTH = 40
 
@@ -31,21 +31,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     return PolicyCheckpoint(folder)
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+@pytest.fixture(scope="module", params=RUNNABLE_FLAVOURS)
 def decoder(
     request: pytest.FixtureRequest, checkpoint: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Graph:
     folder: Path = tmp_path_factory.mktemp(request.param)
     write_token_table(checkpoint, folder, storage="float16")
-    builder = build_decoder(checkpoint, flavour=request.param, storage="float16")
+    builder = build_decoder(checkpoint, flavour=request.param, storage="float16", max_length=CAPACITY)
     builder.save(folder / "decoder.onnx")
     return Graph.load(folder / "decoder.onnx", builder.spec, backend="cpu", threads=1)
 
 
-def new_cache(decoder: Graph, checkpoint: PolicyCheckpoint, *, capacity: int = 64, batch: int = 1) -> KVCache:
+def new_cache(decoder: Graph, checkpoint: PolicyCheckpoint, *, batch: int = 1) -> KVCache:
     text = checkpoint.text
     table = MropeTable(
-        head_dim=text.head_dim, theta=text.rope_theta, mrope_section=text.mrope_section, max_length=capacity
+        head_dim=text.head_dim, theta=text.rope_theta, mrope_section=text.mrope_section, max_length=CAPACITY
     )
     sizes = CacheSizes(
         num_layers=text.num_layers,
@@ -93,7 +93,7 @@ def test_steps_equal_a_prefill(decoder: Graph, checkpoint: PolicyCheckpoint) -> 
 def test_steps_of_several_tokens_equal_a_prefill(decoder: Graph, checkpoint: PolicyCheckpoint) -> None:
     """Of several widths in turn, over rows that were written, taken back and written anew, with runs between."""
     tokens, wrong = embeds(), embeds(seed=7)
-    cache = new_cache(decoder, checkpoint, capacity=LENGTH)
+    cache = new_cache(decoder, checkpoint)
     cache.extend(tokens[:, :10], np.zeros((1, 0), np.int64))
     got, place = [], 10
     for width, kept in ((3, 2), (3, 3), (1, 1), (6, 1), (3, 1), (1, 1), (6, 6), (2, 0), (6, 5), (4, 4), (6, 6)):
@@ -107,7 +107,8 @@ def test_steps_of_several_tokens_equal_a_prefill(decoder: Graph, checkpoint: Pol
             cache.truncate(place)
     assert place == LENGTH
     np.testing.assert_allclose(np.concatenate(got, axis=1), at_once(decoder, checkpoint, tokens)[:, 10:], atol=2e-4)
-    with pytest.raises(ValueError, match="at most 40"):
+    cache.extend(tokens[:, : CAPACITY - LENGTH], np.zeros((1, 0), np.int64))
+    with pytest.raises(ValueError, match="at most 64"):
         cache.step(1)
     with pytest.raises(ValueError, match="steps of one token for a batch of 3"):
         new_cache(decoder, checkpoint, batch=3).step(2)
@@ -156,13 +157,13 @@ def test_a_shortened_cache_equals_a_fresh_one(decoder: Graph, checkpoint: Policy
 
 
 def test_a_full_cache_refuses_more(decoder: Graph, checkpoint: PolicyCheckpoint) -> None:
-    cache = new_cache(decoder, checkpoint, capacity=LENGTH)
-    cache.extend(embeds(length=LENGTH - 1), np.zeros((1, 0), np.int64))
-    with pytest.raises(ValueError, match="at most 40"):
+    cache = new_cache(decoder, checkpoint)
+    cache.extend(embeds(length=CAPACITY - 1), np.zeros((1, 0), np.int64))
+    with pytest.raises(ValueError, match="at most 64"):
         cache.extend(embeds(length=2), np.zeros((1, 0), np.int64))
-    assert cache.lengths.tolist() == [LENGTH - 1], "a refused call changes nothing"
+    assert cache.lengths.tolist() == [CAPACITY - 1], "a refused call changes nothing"
     cache.step()
-    with pytest.raises(ValueError, match="at most 40"):
+    with pytest.raises(ValueError, match="at most 64"):
         cache.step()
 
 

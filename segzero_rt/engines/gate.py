@@ -104,9 +104,11 @@ def _decoder(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], rng: np.rand
     held = min(_PAST_ROWS, capacity) if new == 1 else 0
     cos, sin = policy_rotary(policy).rows(PictureSpan(start=0, grid_hw=(2, 2)))
     places = np.minimum(held + np.arange(new), policy.max_length - 1)
-    bias = np.full((batch, 1, new, capacity + new), MASKED, np.float32)
+    written = policy.flavour == "trt11"  # new rows stand in the cache before it is read
+    bias = np.full((batch, 1, new, capacity if written else capacity + new), MASKED, np.float32)
     bias[..., :held] = 0.0
-    bias[..., capacity:] = np.triu(np.full((new, new), MASKED, np.float32), k=1)
+    first = held if written else capacity
+    bias[..., first : first + new] = np.triu(np.full((new, new), MASKED, np.float32), k=1)
     inputs: dict[str, Array] = {
         "inputs_embeds": _embeds(bundle, (batch, new), rng),
         "logits_rows": np.full((batch, 1), new - 1, np.int64),
@@ -114,6 +116,8 @@ def _decoder(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], rng: np.rand
         "rotary_cos": np.tile(cos[places], (batch, 1, 1)),
         "rotary_sin": np.tile(sin[places], (batch, 1, 1)),
     }
+    if written:
+        inputs["write_indices"] = np.full(batch, held, np.int64)
     for tensor in spec.inputs:
         if tensor.name.startswith("past_"):
             past = np.zeros(shapes[tensor.name], tensor.dtype)

@@ -142,7 +142,7 @@ def _prefill_bytes(policy: PolicyManifest, decoder: OnnxSummary) -> int:
     tokens = min(picture_tokens(policy) + QUESTION_TOKENS, policy.max_length)
     matrices = (shape for shape in _matrices(decoder) if policy.vocab_size not in shape)
     wide = max((max(shape) for shape in matrices), default=policy.hidden_size)
-    seen = tokens + (CACHE_STRIDE if policy.flavour == "portable" else 0)
+    seen = {"portable": tokens + CACHE_STRIDE, "trt11": policy.max_length}.get(policy.flavour, tokens)
     scores = SCORE_TENSORS * policy.num_heads * tokens * seen
     return FLOAT_BYTES * (POLICY_WIDE_TENSORS * tokens * wide + scores)
 
