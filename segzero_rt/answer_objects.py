@@ -106,12 +106,12 @@ def _collect(value: JsonValue, answer_format: AnswerFormat, objects: list[RawObj
         for entry in value:
             _collect(entry, answer_format, objects)
     elif isinstance(value, dict):
-        box_keys = [key for key in value if _plain_name(key) in BOX_NAMES]
+        box_keys = [key for key in value if plain_name(key) in BOX_NAMES]
         if box_keys:
             own_key = answer_format.box_key if answer_format.box_key in value else box_keys[0]
             box = _box_numbers(value[own_key])
             if box is not None:
-                point_keys = [key for key in value if _plain_name(key) in POINT_NAMES][:MAX_KEYS]
+                point_keys = [key for key in value if plain_name(key) in POINT_NAMES][:MAX_KEYS]
                 points = [point for key in point_keys for point in _points(value[key])]
                 objects.append(RawObject(box=box, points=tuple(points)))
             return
@@ -123,7 +123,7 @@ def _collect(value: JsonValue, answer_format: AnswerFormat, objects: list[RawObj
 
 
 @functools.lru_cache(maxsize=256)
-def _plain_name(key: str) -> str:
+def plain_name(key: str) -> str:
     """Returns a key in the spelling of `BOX_NAMES`. Longer keys than any of those are no name of anything."""
     return key.lower().translate(_JOINERS) if len(key) <= 32 else ""
 

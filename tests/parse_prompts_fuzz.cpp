@@ -24,6 +24,7 @@ Rules rules_of(bool seg_zero) {
     Rules rules = {};
     rules.multiple = !seg_zero;
     rules.half_up = !seg_zero;
+    rules.own_names = 1;
     const char* box_key = seg_zero ? "bbox" : "bbox_2d";
     const char* point_keys[2] = {seg_zero ? "points_1" : "point_2d", "points_2"};
     rules.box_key_bytes = u32(std::strlen(box_key));

@@ -17,7 +17,9 @@ constexpr u32 kMaxExamples = 4, kMaxExampleObjects = 4, kMaxExamplePoints = 4;
 // What an answer format says, filled in by the host (parse_prompts.py has the same fields).
 struct Rules {
     i32 multiple;
-    i32 half_up;  // Rounding.HALF_UP, else TRUNCATE_THEN_HALF_EVEN
+    i32 half_up;    // Rounding.HALF_UP, else TRUNCATE_THEN_HALF_EVEN
+    i32 own_names;  // whether the keys are among BOX_NAMES and POINT_NAMES, which the tolerant rules know
+    i32 unused;
     u32 box_key_bytes;
     u32 num_point_keys;
     u32 point_key_bytes[kMaxPointKeys];
@@ -62,7 +64,7 @@ struct Objects {
         sizes = picture_sizes;
         prompts = memory;
         num_prompts = count = 0;
-        for (u32 e = 0; e < rules->num_examples; ++e) equal[e] = within[e] = true;
+        for (u32 e = 0; e < kMaxExamples; ++e) equal[e] = within[e] = true;
     }
 
     SZ_HD i32 to_source(double value, double factor) const {

@@ -4,6 +4,7 @@
 #include "answer_objects.cuh"
 #include "json_strict.cuh"
 #include "json_tolerant.cuh"
+#include "plain_answer.cuh"
 
 namespace segzero {
 
@@ -41,6 +42,7 @@ class ReplyParser {
 
     SZ_HD Parsed parse() {
         u32 start = 0;
+        tags_.find(text_, length_);
         Objects* found = find_answer(start);
         if (tape_full_) return {Status::kTapeFull, {0, 0}, 0, 0, nullptr};
         if (found == nullptr) start = default_start();
@@ -68,6 +70,7 @@ class ReplyParser {
     const Rules& rules_;
     const Sizes* sizes_;
     Tape tape_;
+    Tags tags_;
     Objects first_, second_;
     bool tape_full_ = false;
 
@@ -108,7 +111,8 @@ class ReplyParser {
         Openings waiting;
         bool thought = false, in_think = false;
         bare_allowed = true;
-        for (Tag tag = next_tag(text_, 0, length_); tag.end != 0; tag = next_tag(text_, tag.end, length_)) {
+        u32 index = 0;
+        for (Tag tag = tags_.first(); tag.end != 0; tag = tags_.get(++index, tag)) {
             if (tag.is_think) {
                 // Before a closing tag, an `<answer>` counts only where the thinking was closed before it too.
                 if (!tag.is_close || (thought && !in_think)) settle(waiting, openings);
@@ -130,7 +134,8 @@ class ReplyParser {
 
     SZ_HD u32 default_start() const {
         u32 start = length_;
-        for (Tag tag = next_tag(text_, 0, length_); tag.end != 0; tag = next_tag(text_, tag.end, length_)) {
+        u32 index = 0;
+        for (Tag tag = tags_.first(); tag.end != 0; tag = tags_.get(++index, tag)) {
             if (!tag.is_think && !tag.is_close) start = tag.begin;
         }
         return start;
@@ -140,8 +145,9 @@ class ReplyParser {
     SZ_HD_CALL Span thinking(u32 answer_start) const {
         u32 begin = 0, opening = 0, closing = 0;
         bool opened = false, closed = false;
-        Tag tag = next_tag(text_, 0, length_);
-        for (; tag.end != 0 && tag.begin < answer_start; tag = next_tag(text_, tag.end, length_)) {
+        u32 index = 0;
+        Tag tag = tags_.first();
+        for (; tag.end != 0 && tag.begin < answer_start; tag = tags_.get(++index, tag)) {
             if (!tag.is_think) {
                 if (tag.is_close) {
                     begin = tag.end;
@@ -158,9 +164,9 @@ class ReplyParser {
         }
         const Span inside = strip(text_, {opened ? opening : begin, closed ? closing : answer_start});
         if (inside.begin < inside.end) return inside;
-        for (; tag.end != 0; tag = next_tag(text_, tag.end, length_)) {
+        for (; tag.end != 0; tag = tags_.get(++index, tag)) {
             if (tag.begin <= answer_start || !tag.is_think || tag.is_close) continue;
-            const Tag behind = next_tag(text_, tag.end, length_);
+            const Tag behind = tags_.get(index + 1, tag);
             const Span after = strip(text_, {tag.end, behind.end != 0 ? behind.begin : length_});
             return after.begin < after.end ? after : Span{0, 0};
         }
@@ -254,9 +260,12 @@ class ReplyParser {
     }
 
     SZ_HD_CALL Objects* canonical_answer(u32 begin, bool tagged) {
-        const Tag behind = next_tag(text_, begin, length_);
+        const Tag behind = tags_.from(begin);
         if (behind.end == 0 && tagged && !finished_) return nullptr;
         Objects* objects = fresh(first_);
+        const Plain plain = PlainReader(text_, begin, length_, rules_, *objects).read(true);
+        if (plain != Plain::kUnknown) return plain == Plain::kRead ? objects : nullptr;
+        fresh(first_);
         if (!document(begin, behind.end == 0 ? length_ : behind.begin, false)) return nullptr;
         const Interpreter read = {text_, tape_.nodes};
         return read.canonical_objects(rules_, *objects) ? objects : nullptr;
@@ -264,6 +273,7 @@ class ReplyParser {
 
     // The last group of values between `begin` and the next tag; null if there is none or one is broken.
     SZ_HD_CALL Objects* tolerant_answer(u32 begin, bool tagged) {
+        if (PlainReader(text_, begin, length_, rules_, *fresh(first_)).read(false) == Plain::kRead) return &first_;
         Objects *group = &first_, *other = &second_;
         bool any = false;
         u32 group_end = begin, at = begin;
@@ -340,7 +350,7 @@ class ReplyParser {
     }
 
     SZ_HD bool stands_alone(u32 begin, u32 start, u32 end) const {
-        const Tag behind = next_tag(text_, end, length_);
+        const Tag behind = tags_.from(end);
         return only_fences(begin, start) && only_fences(end, behind.end == 0 ? length_ : behind.begin);
     }
 

@@ -256,7 +256,9 @@ struct Packed {
         for (u32 k = 0; k < parsed.num_prompts; ++k) {
             const Prompt& prompt = parsed.prompts[k];
             boxes.insert(boxes.end(), prompt.box_xyxy, prompt.box_xyxy + 4);
-            points.insert(points.end(), prompt.points_xy[0], prompt.points_xy[0] + 2 * prompt.num_points);
+            if (prompt.num_points > 0) {
+                points.insert(points.end(), prompt.points_xy[0], prompt.points_xy[0] + 2 * prompt.num_points);
+            }
             point_offsets.push_back(i64(points.size() / 2));
         }
         object_offsets[index + 1] = i64(boxes.size() / 4);

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from segzero_rt.answer import Answer, Prompt
 from segzero_rt.answer_format import FORMATS, AnswerFormat, Rounding
+from segzero_rt.answer_objects import BOX_NAMES, POINT_NAMES, plain_name
 from segzero_rt.answer_parser import MODES, ParseMode
 from segzero_rt.kernels.parse_prompts import STATUSES, ParsedReplies
 
@@ -34,6 +35,8 @@ class _Rules(ctypes.Structure):
     _fields_ = (
         ("multiple", ctypes.c_int32),
         ("half_up", ctypes.c_int32),
+        ("own_names", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
         ("box_key_bytes", ctypes.c_uint32),
         ("num_point_keys", ctypes.c_uint32),
         ("point_key_bytes", ctypes.c_uint32 * MAX_POINT_KEYS),
@@ -53,6 +56,7 @@ def rules_of(answer_format: AnswerFormat) -> _Rules | None:
     rules = _Rules(
         multiple=answer_format.multiple,
         half_up=answer_format.rounding is Rounding.HALF_UP,
+        own_names=_has_known_names(answer_format),
         box_key_bytes=len(answer_format.box_key),
         box_key=answer_format.box_key.encode(),
         num_point_keys=len(answer_format.point_keys),
@@ -69,6 +73,14 @@ def rules_of(answer_format: AnswerFormat) -> _Rules | None:
             for row, point in zip(example.points[index], points, strict=False):
                 row[:] = point
     return rules
+
+
+def _has_known_names(answer_format: AnswerFormat) -> bool:
+    """Whether the tolerant rules take the format's keys for a box and points, each for a key of its own."""
+    keys = (answer_format.box_key, *answer_format.point_keys)
+    names = [plain_name(key) for key in keys]
+    known = names[0] in BOX_NAMES and all(name in POINT_NAMES for name in names[1:])
+    return known and len(set(keys)) == len(keys)
 
 
 def bound_reader(module: ModuleType) -> Callable[..., Any]:

@@ -46,6 +46,7 @@ SZ_HD inline u32 find_byte(const u8* text, u32 at, u32 end, u8 wanted) {
     while (at < end && text[at] != wanted) ++at;
     return at;
 #else
+    if (at < end && text[at] == wanted) return at;  // tags often follow each other
     const void* found = at < end ? std::memchr(text + at, wanted, end - at) : nullptr;
     return found == nullptr ? end : u32(static_cast<const u8*>(found) - text);
 #endif
@@ -55,10 +56,14 @@ SZ_HD inline u32 find_byte(const u8* text, u32 at, u32 end, u8 wanted) {
 template <u32 N>
 SZ_HD inline bool starts_with(const u8* text, u32 at, u32 end, const char (&word)[N]) {
     if (end < at || end - at < N - 1) return false;
+#ifdef __CUDA_ARCH__
     for (u32 i = 0; i < N - 1; ++i) {
         if (text[at + i] != u8(word[i])) return false;
     }
     return true;
+#else
+    return std::memcmp(text + at, word, N - 1) == 0;  // one or two comparisons of whole words
+#endif
 }
 
 // The first place of `word` wholly inside [at, end), or `end` + 1.

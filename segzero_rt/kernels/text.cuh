@@ -116,6 +116,11 @@ struct Tag {
 SZ_HD_CALL inline Tag read_tag(const u8* text, u32 at, u32 end) {
     Tag tag = {at, 0, false, false};
     if (at >= end || text[at] != '<') return tag;
+    // As they are nearly always written.
+    if (starts_with(text, at, end, "<think>")) return {at, at + 7, true, false};
+    if (starts_with(text, at, end, "</think>")) return {at, at + 8, true, true};
+    if (starts_with(text, at, end, "<answer>")) return {at, at + 8, false, false};
+    if (starts_with(text, at, end, "</answer>")) return {at, at + 9, false, true};
     ++at;
     if (at < end && text[at] == ' ') ++at;
     if (at < end && text[at] == '/') {
@@ -141,5 +146,38 @@ SZ_HD_CALL inline Tag next_tag(const u8* text, u32 at, u32 end) {
     }
     return Tag{end, 0, false, false};
 }
+
+// The tags of a text in order. The first ones are found once and kept; behind them the text is searched again.
+struct Tags {
+    static constexpr u32 kKept = 12;
+    const u8* text;
+    u32 length;
+    u32 count = 0;
+    Tag kept[kKept];
+
+    SZ_HD void find(const u8* reply, u32 bytes) {
+        text = reply;
+        length = bytes;
+        for (Tag tag = next_tag(text, 0, length); tag.end != 0; tag = next_tag(text, tag.end, length)) {
+            kept[count++] = tag;
+            if (count == kKept) break;
+        }
+    }
+
+    // Tag number `index`, which follows `previous`; `end` 0 if there is none.
+    SZ_HD Tag get(u32 index, const Tag& previous) const {
+        if (index < count) return kept[index];
+        return count < kKept ? Tag{length, 0, false, false} : next_tag(text, previous.end, length);
+    }
+    SZ_HD Tag first() const { return get(0, Tag{0, 0, false, false}); }
+
+    // The first tag that begins at `at` or behind it.
+    SZ_HD Tag from(u32 at) const {
+        for (u32 i = 0; i < count; ++i) {
+            if (kept[i].begin >= at) return kept[i];
+        }
+        return count < kKept ? Tag{length, 0, false, false} : next_tag(text, at, length);
+    }
+};
 
 }  // namespace segzero
