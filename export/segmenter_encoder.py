@@ -11,7 +11,8 @@ Where this departs from transformers' `Sam2VisionModel` (same numbers, other ari
    values is added to every token alike: it is added behind the projection;
 3. 1 x 1 convolutions are products; two in a row (pyramid, then the mask decoder's own) are one;
 4. positions depend on the input's size alone, which is fixed in the graph: they are worked out at export;
-5. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
+5. in small windows, flavour "ort" attends head by head, each from projections of its own (see `SMALL_WINDOW`);
+6. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from .edgetam_graph import add_repvit
 from .graph_builder import GraphBuilder
 
 Indices = NDArray[np.int64]
+
+SMALL_WINDOW, FEW_HEADS = 64, 4
+"""Windows of up to so many tokens, and so many heads, are attended head by head: ONNX Runtime's fused attention moves
+all numbers to other places first, which takes it longer there than the products do."""
 
 
 def build_image_encoder(model: Sam2Model, spec: GraphSpec, *, flavour: str, storage: str) -> GraphBuilder:
@@ -149,7 +154,9 @@ class _Block:
         mixed = builder.linear(mixed, "proj", weight, bias + weight @ values_bias, flat=True)
         residual = tokens.name
         if block.dim != block.dim_out:
-            residual = self._pool(builder.linear(normed, "widen", *_linear(block.proj), flat=True), groups.shape[1])
+            residual = self._pool(
+                builder.linear(normed, "widen", *_linear(block.proj), flat=True), groups.shape[1], block.dim_out
+            )
         residual = builder.node("Add", [residual, mixed])
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
@@ -159,28 +166,43 @@ class _Block:
     def _attend(self, normed: str, slots: int) -> str:
         """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection."""
         builder, width = self._builder, self._block.dim_out
-        weight, bias = _linear(self._block.attn.qkv)
-        query_bias = bias[:width]
-        pools = self._stride > 1
-        query = builder.linear(normed, "query", weight[:width], None if pools else query_bias, flat=True)
+        head_dim = width // self._heads
+        if not builder.fused or slots > SMALL_WINDOW or self._heads > FEW_HEADS:
+            parts = self._query_key_value(normed, slots, slice(0, width))
+            mixed = builder.attention(*parts, num_heads=self._heads, head_dim=head_dim)
+            return builder.reshape(mixed, [-1, width])
+        heads = []
+        for head in range(self._heads):
+            with builder.scope(f"head.{head}"):
+                columns = slice(head * head_dim, (head + 1) * head_dim)
+                mixed = _attend_one_head(builder, *self._query_key_value(normed, slots, columns), head_dim)
+                heads.append(builder.reshape(mixed, [-1, head_dim]))
+        return heads[0] if len(heads) == 1 else builder.node("Concat", heads, axis=-1)
+
+    def _query_key_value(self, normed: str, slots: int, columns: slice) -> tuple[str, str, str]:
+        """Some columns of each, [batch * windows, slots, columns]; fewer slots for queries where they are pooled."""
+        builder, width = self._builder, self._block.dim_out
+        weights, bias = _linear(self._block.attn.qkv)
+        weight = weights.reshape(3, width, -1)[:, columns]
+        query_bias = bias[columns]
+        pools, out = self._stride > 1, len(query_bias)
+        query = builder.linear(normed, "query", weight[0], None if pools else query_bias, flat=True)
         key, value = (
-            builder.reshape(builder.linear(normed, part, weight[i * width : (i + 1) * width]), [-1, slots, width])
+            builder.reshape(builder.linear(normed, part, weight[i]), [-1, slots, out])
             for i, part in ((1, "key"), (2, "value"))
         )
         if pools:  # a maximum does not mind when the bias is added, and there are fewer to add it to
-            query = builder.node("Add", [self._pool(query, slots), builder.weight("query.bias", query_bias)])
-        query = builder.reshape(query, [-1, slots // self._stride**2, width])
-        mixed = builder.attention(query, key, value, num_heads=self._heads, head_dim=width // self._heads)
-        return builder.reshape(mixed, [-1, width])
+            query = builder.node("Add", [self._pool(query, slots, out), builder.weight("query.bias", query_bias)])
+        return builder.reshape(query, [-1, slots // self._stride**2, out]), key, value
 
-    def _pool(self, rows: str, slots: int) -> str:
-        """The largest of each neighbourhood: [groups * slots, C] to [groups * slots / stride^2, C]."""
+    def _pool(self, rows: str, slots: int, width: int) -> str:
+        """The largest of each neighbourhood: [groups * slots, width] to [groups * slots / stride^2, width]."""
         if self._stride == 1:
             return rows
         builder, members = self._builder, self._stride**2
-        split = builder.reshape(rows, [-1, members, slots // members, self._block.dim_out])
-        pooled = builder.node("ReduceMax", [split], axes=[1], keepdims=0)
-        return builder.reshape(pooled, [-1, self._block.dim_out])
+        windows = builder.reshape(rows, [-1, members, slots // members, width])
+        pooled = builder.node("ReduceMax", [windows], axes=[1], keepdims=0)
+        return builder.reshape(pooled, [-1, width])
 
     def _after(self, tokens: _Tokens, groups: Indices) -> _Tokens:
         """Size and order of the block's output; the name is the input's still."""
@@ -195,6 +217,13 @@ class _Block:
         rows, columns = np.divmod(first, tokens.size_hw[1])
         pooled = rows // self._stride * (tokens.size_hw[1] // self._stride) + columns // self._stride
         return np.where(first < 0, -1, pooled)
+
+
+def _attend_one_head(builder: GraphBuilder, query: str, key: str, value: str, head_dim: int) -> str:
+    """Softmax attention with one head, [batch, rows, head_dim] each, in operators that take it as it lies."""
+    scaled = builder.node("Mul", [query, builder.constant(head_dim**-0.5, "float32")])
+    scores = builder.node("MatMul", [scaled, builder.node("Transpose", [key], perm=[0, 2, 1])])
+    return builder.node("MatMul", [builder.node("Softmax", [scores], axis=-1), value])
 
 
 class _Pyramid:

@@ -20,8 +20,9 @@ from segzero_rt.segmenter import choose_masks
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
 
+from export import segmenter_encoder  # noqa: E402 - needs torch's absence to skip first
 from export.gate_segmenter import EXACT, gate_pixels, gate_segmenter  # noqa: E402
-from export.onnx_weights import store_weights_fp16  # noqa: E402 - needs torch's absence to skip first
+from export.onnx_weights import store_weights_fp16  # noqa: E402
 from export.segmenter import IR_VERSION, OPSET, export_segmenter  # noqa: E402
 from export.segmenter_encoder import build_image_encoder, window_slots  # noqa: E402
 from export.segmenter_specs import SegmenterFiles, segmenter_specs  # noqa: E402
@@ -86,6 +87,37 @@ def test_the_encoder_of_any_size_and_flavour_is_that_of_sam2(
     ):
         want = theirs.numpy()
         np.testing.assert_allclose(ours[output], want, atol=1e-5 * want.std(), err_msg=output)
+
+
+HEADWISE = [
+    ("small windows of few heads, pooled and not", {}, 3),
+    ("no window is small", {"SMALL_WINDOW": 0}, 7),
+    ("one head alone is few", {"FEW_HEADS": 1}, 5),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "fused"), HEADWISE, ids=[name for name, *_ in HEADWISE])
+def test_head_by_head_is_as_all_heads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rule: dict[str, int], fused: int
+) -> None:
+    from training.segmenter_model import SegmenterSize, build_segmenter
+
+    torch.manual_seed(0)
+    widths = {"stage_dims": (16, 32, 64, 96), "stage_blocks": (1, 1, 3, 2), "stage_heads": (1, 1, 2, 2)}
+    windows = {"side": 160, "stage_windows": (8, 4, 10, 5), "global_blocks": (3,)}
+    model = build_segmenter(SegmenterSize(**widths, decoder_dim=32, **windows)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for constant, value in rule.items():
+        monkeypatch.setattr(segmenter_encoder, constant, value)
+    spec = segmenter_specs(model).encoder
+    build_image_encoder(model, spec, flavour="ort", storage="float32").save(tmp_path / "encoder.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "encoder.onnx").graph.node]
+    assert kinds.count("MultiHeadAttention") == fused
+    pixels = noise(1, 2, 3, *spec.inputs[0].shape[2:])
+    ours = Graph.load(tmp_path / "encoder.onnx", spec, backend="cpu").run({"pixel_values": pixels})
+    want = model.get_image_embeddings(torch.from_numpy(pixels))[-1].numpy()
+    np.testing.assert_allclose(ours["image_embeddings"], want, atol=1e-5 * want.std())
 
 
 def test_windows_cover_the_map_once_and_pool_on_an_axis() -> None:
