@@ -1,0 +1,256 @@
+"""The measured tables of README.md and benchmarks/README.md, made from the newest result of each program.
+
+    python -m benchmarks.readme_table            rewrites what stands between the markers
+    python -m benchmarks.readme_table --check    says which would change, with exit status 1
+
+A marker is `<!-- NAME: python -m benchmarks.readme_table -->`; the table ends at `<!-- end of NAME -->`. A test holds
+both files to the results, and the results of the shipped weights to the bundle that ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from segzero_rt.bundle import EMBEDDED
+from segzero_rt.commands.output_files import write_text
+
+from .measuring import RESULTS
+
+REPOSITORY = Path(__file__).parent.parent
+KINDS = ("name", "attribute", "relation", "several", "none", "function", "consequence", "compositional")
+SPLITS = {
+    "ood_colour": "kinds in colours never drawn in training",
+    "ood_relation": "relations never asked of a kind",
+    "ood_wording": "function and consequence in other words",
+    "ood_function": "uses never asked about",
+}
+BUSY_LOAD = 1.0
+"""Load average beyond the cores that were measured on: their own work makes up the rest."""
+CORES = {"1": "one core", "2": "two cores"}
+
+
+def newest(name: str, results: Path = RESULTS) -> tuple[str, dict[str, Any]]:
+    """File name and document of the latest result called `name`, whatever the cores.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    pattern = re.compile(rf"{re.escape(name)}(?:_\d+cores)?_(\d{{8}})\.json")
+    dated = sorted((match[1], path) for path in results.iterdir() if (match := pattern.fullmatch(path.name)))
+    if not dated:
+        raise FileNotFoundError(f"expected a result called {name}_<date>.json in {results}; run its program")
+    path = dated[-1][1]
+    return path.name, json.loads(path.read_text(encoding="utf-8"))
+
+
+def quality(results: Path) -> str:
+    """gIoU of what ships and of the float16 bundle, by kind of question."""
+    (_, int8), (_, float16) = newest("eval_test300_int8", results), newest("eval_test300_float16", results)
+    _, trivial = newest("trivial_baselines", results)
+    size = sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file())
+    rows = [
+        ["gIoU of the embedded `tabletop` bundle", "all", *KINDS],
+        [f"int8 (what ships, {size / 2**20:.0f} MiB)", *_scores(int8)],
+        ["float16", *_scores(float16)],
+    ]
+    low, high = int8["giou_interval_95"]
+    parsed = round(int8["parse_rate"] * int8["num_samples"])
+    best = max(row["giou"] for row in trivial["baselines"].values())
+    return (
+        f"{table(rows)}\n\n95 % interval of int8 over all: {low:.3f} to {high:.3f}. {parsed} of {int8['num_samples']} "
+        f"answers parse under free decoding.\nNothing that ignores the question or the picture gets beyond {best:.3f} "
+        "(`python -m benchmarks.trivial_baselines`)."
+    )
+
+
+def _scores(document: dict[str, Any]) -> list[str]:
+    return [f"{document['giou']:.3f}", *(f"{document['by_kind'][kind]['giou']:.3f}" for kind in KINDS)]
+
+
+def speed(results: Path) -> str:
+    """Questions and whole processes against transformers."""
+    rows = [["speed on x86-64, medians of one run with both sides", "segzero-rt", "transformers", "ratio"]]
+    command = " (`python -m benchmarks.baseline`)"
+    for storage, shown in (("float16", "float16 weights"), ("int8", "int8 as it ships")):
+        for threads, side in newest(f"baseline_{storage}", results)[1]["by_threads"].items():
+            rows.append([f"one question, {shown}, {CORES[threads]}: {_sameness(side)}{command}", *_times(side)])
+            command = ""
+    _, process = newest("process", results)
+    wall, peak = process["wall_ms"], process["peak_bytes"]
+    what = f"`segzero run` as a whole process, int8, {CORES[str(process['threads'])]}, {wall['num_pairs']} runs"
+    seconds = [f"{wall[f'{side}_median'] / 1e3:.2g} s" for side in ("segzero", "baseline")]
+    rows.append([f"{what} (`python -m benchmarks.process`)", *seconds, f"{wall['ratio']:.1f}x"])
+    bytes_ = [f"{peak[f'{side}_median'] / 1e6:.0f} MB" for side in ("segzero", "baseline")]
+    rows.append(["its peak memory", *bytes_, f"{1 / peak['ratio']:.2f}"])
+    return table(rows)
+
+
+def _sameness(side: dict[str, Any]) -> str:
+    if side["num_equal"] == side["num_timed"]:
+        return f"the same {side['num_equal']} of {side['num_questions']} replies"
+    return f"{side['num_equal']} of {side['num_questions']} replies equal, masks alike at {side['mask_iou']:.2f} IoU"
+
+
+def _times(side: dict[str, Any]) -> list[str]:
+    times = side["end_to_end_ms"]
+    return [f"{times['segzero_median']:.0f} ms", f"{times['baseline_median']:.0f} ms", f"{times['ratio']:.1f}x"]
+
+
+def splits(results: Path) -> str:
+    """gIoU on the splits that hold combinations out."""
+    name, document = newest("ood_splits", results)
+    rows = [[f"split, int8 (`{name}`)", "gIoU", "95 % interval", "test's gIoU over the same kinds", "false none"]]
+    for split, what in SPLITS.items():
+        row = document["splits"][split]
+        low, high = row["giou_interval_95"]
+        same = row["same_kinds_on_test"]["giou"]
+        interval = f"{low:.3f} to {high:.3f}"
+        rows.append(
+            [f"{split}: {what}", f"{row['giou']:.3f}", interval, f"{same:.3f}", f"{_percent(row['false_none_rate'])}"]
+        )
+    return table(rows)
+
+
+def decoders(results: Path) -> str:
+    """The decoder alone against other runtimes, for the bits that were measured."""
+    parts = []
+    for storage in ("float32", "int4"):
+        if not any(results.glob(f"decoder_peers_{storage}_*.json")):
+            continue
+        name, document = newest(f"decoder_peers_{storage}", results)
+        shape = document["shape"]
+        what = f"{storage}, {shape['num_layers']} layers of width {shape['hidden_size']}, {CORES[str(document['threads'])]}"
+        rows = [[f"{what} (`{name}`)", f"prefill of {document['prompt_tokens']}", "a token", "equal tokens"]]
+        for side, row in document["sides"].items():
+            label = f"{side} ({row['version']})" if "version" in row else side
+            if "problem" in row:
+                rows.append([label, row["problem"], "", ""])
+                continue
+            ratios = row.get("ratios")
+            cells = [
+                f"{row[key]:.1f} ms" + (f" ({ratios[key]:.2f}x)" if ratios else "")
+                for key in ("prefill_ms", "token_ms")
+            ]
+            rows.append([label, *cells, f"{row['equal_tokens']} of {document['new_tokens']}"])
+        parts.append(table(rows) + busy(document))
+    return "\n\n".join(parts)
+
+
+def stages(results: Path) -> str:
+    """`segzero bench` on what ships: each stage alone, beside what the machine could do."""
+    name, document = newest("stages", results)
+    rows = [[f"stage alone, int8, median (`{name}`)", *_each(document, lambda _: ["", "of ceiling"])]]
+    for column, threads in enumerate(document["by_threads"]):
+        rows[0][1 + 2 * column] = CORES[threads]
+    every = dict.fromkeys(stage for one in document["by_threads"].values() for stage in one["stages_apart_ms"])
+    for stage in every:
+        rows.append([stage.replace("_", " "), *_each(document, lambda one, stage=stage: _alone(one, stage))])
+    totals: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
+        ("end to end, p50 / p90 / p99", lambda one: one["end_to_end_ms"], "ms"),
+        ("further question on a picture, p50 / p90 / p99", lambda one: one["repeated_frame"]["end_to_end_ms"], "ms"),
+    ]
+    for label, pick, unit in totals:
+        rows.append([label, *_each(document, lambda one, pick=pick, unit=unit: [f"{_three(pick(one))} {unit}", ""])])
+    rates = lambda one: [f"{one['throughput_per_s']:.1f} / {one['offline']['throughput_per_s']:.1f}", ""]  # noqa: E731
+    rows.append(["questions a second, single stream / offline", *_each(document, rates)])
+    cold = lambda one: [f"{one['cold_start']['cached']['process_ms']:.0f} ms", ""]  # noqa: E731
+    rows.append(["new process to its first answer, files cached", *_each(document, cold)])
+    return table(rows) + busy(document)
+
+
+def _each(document: dict[str, Any], cells: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    return [cell for one in document["by_threads"].values() for cell in cells(one)]
+
+
+def _alone(one: dict[str, Any], stage: str) -> list[str]:
+    fraction = one["fraction_of_ceiling"].get(stage)
+    return [f"{one['stages_apart_ms'][stage]['p50']:.2f} ms", "" if fraction is None else _percent(fraction)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _three(row: dict[str, float]) -> str:
+    return " / ".join(f"{row[key]:.0f}" for key in ("p50", "p90", "p99"))
+
+
+def busy(document: dict[str, Any]) -> str:
+    """A line that goes below figures that were taken while others worked on the machine as well; else nothing."""
+    card = document["environment"]
+    load = (card["load_average"] or [0.0])[0]
+    if load <= card["cores"] + BUSY_LOAD:
+        return ""
+    return f"\n\nTaken on a busy machine (load average {load:.1f} on {card['cores']} cores): to be taken again."
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, the first row its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"quality": quality, "speed": speed},
+    "benchmarks/README.md": {"splits": splits, "stages": stages, "decoders": decoders},
+}
+
+
+def rewritten(text: str, tables: dict[str, Callable[[Path], str]], results: Path = RESULTS) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        ValueError: a marker is missing, or there twice.
+        FileNotFoundError: a result is missing.
+    """
+    for name, make in tables.items():
+        begin, end = f"<!-- {name}: python -m benchmarks.readme_table -->\n", f"\n<!-- end of {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+            raise ValueError(f"expected one table between {begin.strip()} and {end.strip()}, got another page")
+        before, rest = text.split(begin)
+        text = before + begin + make(results) + end + rest.split(end, 1)[1]
+    return text
+
+
+def measured_bundle(results: Path = RESULTS) -> dict[str, str]:
+    """Program to the hash of the bundle whose int8 figures README shows."""
+    names = ("eval_test300_int8", "ood_splits")
+    hashes = {name: newest(name, results)[1]["bundle"]["sha256"] for name in names}
+    for threads, side in newest("baseline_int8", results)[1]["by_threads"].items():
+        hashes[f"baseline_int8 on {CORES[threads]}"] = side["bundle"]["sha256"]
+    for threads, side in newest("stages", results)[1]["by_threads"].items():
+        hashes[f"stages on {CORES[threads]}"] = side["environment"]["bundle"]["sha256"]
+    return hashes
+
+
+def shipped_bundle() -> str:
+    """Hash of the embedded bundle's manifest."""
+    return hashlib.sha256((EMBEDDED / "manifest.json").read_bytes()).hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="tables of the pages, from the results")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page would change")
+    arguments = parser.parse_args()
+    stale = []
+    for page, tables in TABLES.items():
+        path = REPOSITORY / page
+        text = path.read_text(encoding="utf-8")
+        if (new := rewritten(text, tables)) != text:
+            stale.append(page)
+            if not arguments.check:
+                write_text(path, new)
+    for page in stale:
+        print(f"{page}: {'differs from the results' if arguments.check else 'written'}", file=sys.stderr)
+    return int(bool(stale) and arguments.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
