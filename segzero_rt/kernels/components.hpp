@@ -7,6 +7,18 @@
 
 namespace segzero {
 
+// Behind the bytes from `begin` on that are the same.
+inline i32 run_end(const u8* labels, i32 begin, i32 width) {
+    const u64 same = 0x0101010101010101ull * labels[begin];
+    i32 end = begin + 1;
+    for (u64 word; end + 8 <= width; end += 8) {
+        std::memcpy(&word, labels + end, 8);
+        if (word != same) break;
+    }
+    while (end < width && labels[end] == labels[begin]) ++end;
+    return end;
+}
+
 // Labels u8 [height, width]. Components of label `from` (0 or 1) with at most `limit[from]` pixels are handed to `flip`
 // as runs (row, begin, end). Both labels are decided on the picture as it came, as in SAM 2.
 class SmallComponents {
@@ -46,17 +58,6 @@ class SmallComponents {
             runs_.push_back({row, begin, end, u32(runs_.size()), labels[begin]});
             begin = end;
         }
-    }
-
-    static i32 run_end(const u8* labels, i32 begin, i32 width) {
-        const u64 same = 0x0101010101010101ull * labels[begin];
-        i32 end = begin + 1;
-        for (u64 word; end + 8 <= width; end += 8) {
-            std::memcpy(&word, labels + end, 8);
-            if (word != same) break;
-        }
-        while (end < width && labels[end] == labels[begin]) ++end;
-        return end;
     }
 
     // Runs of two neighbouring rows belong together if they have one label and touch, corners included.

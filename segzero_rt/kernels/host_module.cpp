@@ -313,7 +313,8 @@ struct BatchRequest {
         const Py_ssize_t count = PyTuple_GET_SIZE(replies);
         const Sizes* each_size = static_cast<const Sizes*>(sizes.buf);
         const u8* each_end = static_cast<const u8*>(finished.buf);
-        const Py_ssize_t size_step = sizes.len == Py_ssize_t(sizeof(Sizes)) ? 0 : 1, end_step = finished.len == 1 ? 0 : 1;
+        const Py_ssize_t size_step = sizes.len == Py_ssize_t(sizeof(Sizes)) ? 0 : 1;
+        const Py_ssize_t end_step = finished.len == 1 ? 0 : 1;
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject* reply = PyTuple_GET_ITEM(replies, i);
             const Parsed parsed = parse_on_host(reinterpret_cast<const u8*>(PyBytes_AS_STRING(reply)),

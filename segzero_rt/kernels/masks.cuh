@@ -43,18 +43,21 @@ SZ_HD inline float upsampled(const float* logits, i32 width, const AxisSample& r
                  blend(lower[column.near], column.near_weight, lower[column.far], column.far_weight), row.far_weight);
 }
 
-// Of a cell between four logits: 1 or 0 if every pixel in it lies above or below the threshold, whatever is rounded; -1
-// if that has to be computed, which it also has to for infinite logits and those that are no number.
-SZ_HD inline int cell_side(float a, float b, float c, float d, float threshold) {
+constexpr u8 kMixed = 2;
+
+// Of a cell between four logits: 1 or 0 if every pixel in it lies above or below the threshold, whatever is rounded;
+// `kMixed` if that has to be computed, which it also has to for infinite logits and those that are no number. Without a
+// branch, so that a row of cells is done many at a time.
+SZ_HD inline u8 cell_side(float a, float b, float c, float d, float threshold) {
     const float margin = 1e-5f * (fabsf(a) + fabsf(b) + fabsf(c) + fabsf(d) + fabsf(threshold)) + 1e-30f;
     const float above = threshold + margin, below = threshold - margin;
-    if (a > above && b > above && c > above && d > above) return 1;
-    if (a < below && b < below && c < below && d < below) return 0;
-    return -1;
+    const int inside = (a > above) & (b > above) & (c > above) & (d > above);
+    const int outside = (a < below) & (b < below) & (c < below) & (d < below);
+    return u8(kMixed - inside - 2 * outside);
 }
 
 // What a coarse logit counts as when components are labelled: 1 foreground, 0 background, 2 neither (not a number).
-SZ_HD inline u8 side_of(float logit, float threshold) { return logit > threshold ? 1 : logit <= threshold ? 0 : 2; }
+SZ_HD inline u8 side_of(float logit, float threshold) { return u8(2 - (logit > threshold) - 2 * (logit <= threshold)); }
 
 // Writes one run length as COCO does, five bits to a character, and returns how many characters it took (up to 13).
 SZ_HD inline u32 write_run(i64 number, char* text) {
