@@ -2,7 +2,8 @@
 
     python -m benchmarks.random_policy --like qwen2.5-vl-3b --tokenizer ../shared/assets/qwen2.5-vl-7b --out DIR
 
-Published layout: flat settings, `model.` and `visual.` keys, bfloat16 shards with an index. Written shard by shard.
+Published layouts, bfloat16 shards with an index, written shard by shard: flat settings with `model.` and `visual.` keys
+(Qwen2.5-VL), or transformers' own (Qwen3-VL).
 """
 
 from __future__ import annotations
@@ -36,11 +37,26 @@ VISION = {
     "tokens_per_second": 2,
     "temporal_patch_size": 2,
 }
+QWEN3_VISION = {
+    "model_type": "qwen3_vl",
+    "depth": 24,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+"""Of Qwen3-VL-2B and 4B."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What tells the sizes of Qwen2.5-VL apart, from their published config.json."""
+    """What tells the sizes of a family apart, from their published config.json."""
 
     hidden: int
     intermediate: int
@@ -49,11 +65,18 @@ class Size:
     kv_heads: int
     vocab: int
     tied: bool
+    family: str = "qwen2_5_vl"
 
 
 SIZES = {
     "qwen2.5-vl-3b": Size(hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True),
     "qwen2.5-vl-7b": Size(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
+    "qwen3-vl-2b": Size(
+        hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, vocab=151936, tied=True, family="qwen3_vl"
+    ),
+    "qwen3-vl-4b": Size(
+        hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8, vocab=151936, tied=True, family="qwen3_vl"
+    ),
 }
 
 
@@ -78,7 +101,7 @@ def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None =
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    config = configuration(size, layers)
+    config = _qwen3_configuration(size, layers) if size.family == "qwen3_vl" else configuration(size, layers)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "generation_config.json"):
         shutil.copyfile(tokenizer / name, out / name)
@@ -86,7 +109,7 @@ def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None =
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}
     held = total = place = 0
-    for key, shape in [*tensors(config), ("", ())]:
+    for key, shape in [*(_qwen3_tensors if size.family == "qwen3_vl" else tensors)(config), ("", ())]:
         count = int(torch.tensor(shape).prod()) if shape else 0
         if shard and (not key or held + 2 * count > SHARD_BYTES):
             name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -96,7 +119,7 @@ def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None =
         if key:
             place = (place + 7919) % POOL
             shard[key] = _cut(pool, place, count).reshape(shape)
-            if key.endswith("norm.weight") or "norm1" in key or "norm2" in key or "ln_q" in key:
+            if key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight")):
                 shard[key] += 1
             held, total = held + 2 * count, total + 2 * count
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -134,6 +157,54 @@ def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         "vocab_size": size.vocab,
     }
+
+
+def _qwen3_configuration(size: Size, layers: int | None) -> dict[str, Any]:
+    """config.json of Qwen3-VL as published; with fewer layers, so many blocks too, all but the last given twice."""
+    vision = QWEN3_VISION | {"out_hidden_size": size.hidden}
+    if layers is not None:
+        vision |= {"depth": layers, "deepstack_visual_indexes": list(range(min(3, layers - 1)))}
+    text = {
+        "model_type": "qwen3_vl_text",
+        "attention_bias": False,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": size.heads,
+        "num_hidden_layers": size.layers if layers is None else layers,
+        "num_key_value_heads": size.kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "tie_word_embeddings": size.tied,
+        "vocab_size": size.vocab,
+    }
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": size.tied,
+        "text_config": text,
+        "vision_config": vision,
+    }
+
+
+def _qwen3_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys and shapes of all weights, which transformers writes as they are published."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+    for key, parameter in model.named_parameters():
+        yield key, tuple(parameter.shape)
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

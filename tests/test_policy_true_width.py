@@ -1,4 +1,4 @@
-"""Qwen2.5-VL-3B at its true widths, two layers of decoder and tower, random weights: exported and compared."""
+"""Policies at their true widths, two layers of decoder and tower, random weights: exported and compared."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ TOKENIZER = Path(__file__).resolve().parent.parent.parent / "shared" / "assets" 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs the published tokenizer in ../shared/assets")
-def test_true_widths_equal_pytorch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "side"), [("qwen2.5-vl-3b", 840), ("qwen3-vl-2b", 960)])
+def test_true_widths_equal_pytorch(tmp_path: Path, name: str, side: int) -> None:
     """bfloat16 weights are stored as they are, so that float32 arithmetic is all that can differ."""
-    write_policy(SIZES["qwen2.5-vl-3b"], TOKENIZER, tmp_path / "hf", layers=2)
-    exported = export_policy(tmp_path / "hf", tmp_path / "out", storage="bfloat16", external=True, gate_layers=True)
+    write_policy(SIZES[name], TOKENIZER, tmp_path / "hf", layers=2)
+    exported = export_policy(
+        tmp_path / "hf",
+        tmp_path / "out",
+        input_size_hw=(side, side),
+        storage="bfloat16",
+        external=True,
+        gate_layers=True,
+    )
     assert exported.gate["layers"] == 2 + 1 + 2 + 1 + 2
     assert exported.gate["vision_error"] < 1e-5
     assert exported.gate["decoder_error"] < 1e-5
