@@ -146,7 +146,7 @@ def test_the_metadata_names_licence_extras_and_python(wheel: zipfile.ZipFile) ->
     metadata = wheel.read(path).decode()
     extras = set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.M))
     runtime = {"cpu", "gpu", "tensorrt", "tensorrt-rtx", "cuda", "ros"}
-    assert extras == runtime | {"export", "train", "qlora", "deepspeed", "vllm", "eval", "dev"}
+    assert extras == runtime | {"export", "train", "qlora", "deepspeed", "vllm", "eval", "plot", "dev"}
     assert re.search(r"^Requires-Python: >=3\.10$", metadata, re.M)
     assert re.search(r"^Version: 0\.1\.0$", metadata, re.M)
     core = {line for line in re.findall(r"^Requires-Dist: (.+)$", metadata, re.M) if "extra ==" not in line}
