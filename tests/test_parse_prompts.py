@@ -10,7 +10,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -377,6 +377,139 @@ def test_limits_are_the_references(name: str, text: str, host: Kernels) -> None:
     for reply in (f"<answer>{text}</answer>", f"<answer>{text}", text):
         for mode in MODES:
             _check([encode_reply(reply)], host, mode=mode)
+
+
+# Answers in the form that is read in one pass, and what differs from it by a little.
+NEARLY_PLAIN = {
+    "numbers": [
+        *("0", "-0", "00", "07", "-7", "+7", "1234567", "12345678", "123456789012345", "1234567890123456", "7.", ".7"),
+        *("7.5", "7.05", "-7.25", "0.1", "123.45678901234", "123.456789012345", "7e1", "7E1", "7a", "7 7", "7%", "- 7"),
+        *("NaN", "Infinity", "true", "null", '"7"', '" 7"', "[7]", "7,", "", "７"),
+    ],
+    "labels": [
+        *(
+            '"a"',
+            '"blue coat"',
+            '"exactly eight b"',
+            '"é"',
+            '"\\u0061"',
+            '"\\""',
+            '"a"b"',
+            '"a", "b"',
+            '"a\tb"',
+            '"a\x01"',
+        ),
+        *(
+            '"<answer>"',
+            '"</answer>"',
+            '"<"',
+            '"a\x80"',
+            '"}"',
+            '"]"',
+            '"a" ',
+            '"a" x',
+            '"unended',
+            "'a'",
+            '""',
+            '"\x7f"',
+        ),
+        *('"' + "x" * length + '"' for length in range(6, 18)),
+    ],
+    "keys": [
+        *("label", "Box", "_box", "- bbox_2d", "BBOX_2D", "xyxy", "x", "points", "point_2d", "points_1", "po int", ""),
+        *("bbox", "bbox_2d", "bbox_2d ", "b\\u0062ox", "\\u0062ox", "áçã", "label " * 8, "color", " ", "__", "-"),
+    ],
+    "ends": [
+        *(
+            "]",
+            "] ",
+            "]]",
+            "],",
+            "]}",
+            "] x",
+            "]\n```",
+            "",
+            "}]",
+            ", {}]",
+            ", []]",
+            ", null]",
+            ",]",
+            '], "a"]',
+            "]<",
+            "]<b>",
+        ),
+        *(
+            "]</answer> [1]",
+            "]< / answer >",
+            "]<answer>[]</answer>",
+            "]</think>",
+            "]\u00a0",
+            "]\ufeff",
+            "] // end",
+            "]#",
+        ),
+    ],
+}
+
+
+def _nearly_plain() -> list[bytes]:
+    whole = '[{"bbox_2d": [10, 20, 300, 400], "point_2d": [30, 50]}'
+    numbers, labels, keys, ends = NEARLY_PLAIN.values()
+    texts = [f'[{{"bbox_2d": [{number}, 20, 300, 400], "point_2d": [30, {number}]}}]' for number in numbers]
+    texts += [f'{{"bbox": [10,20,300,{number}],"points_1": [30, 50], "points_2": [35, 55]}}' for number in numbers]
+    texts += [f'[{{"bbox_2d": [10, 20, 300, 400], "label": {label}, "point_2d": [30, 50]}}]' for label in labels]
+    texts += [f'{{"label": {label}, "bbox": [10, 20, 300, 400], "points_2": [30, 50]}}' for label in labels]
+    texts += [f'[{{"bbox_2d": [10, 20, 300, 400], "{key}": [30, 50, 310, 410]}}]' for key in keys]
+    texts += [f'[{{"{key}": [3, 5], "bbox_2d": [1, 2, 300, 400], "point_2d": [30, 50]}}]' for key in keys]
+    texts += [f'{{"bbox": [10, 20, 300, 400], "{key}": 5, "points_2": [30, 50], "points_1": [3, 5]}}' for key in keys]
+    texts += [whole + end for end in ends] + [f"{whole}, {whole[1:]}{end}" for end in ends]
+    texts += [f'{{"bbox": [10, 20, 300, 400], "points_1": [30, 50], "points_2": [35, 55]}}{end[1:]}' for end in ends]
+    texts += [whole.replace(" ", blank) + "]" for blank in ("", "\n", "\r\n\t", "\x0b", "\u00a0", "\u3000")]
+    return [encode_reply(text) for text in texts]
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(("answer_format", "mode", "finished"), EVERY_WAY, ids=lambda v: getattr(v, "name", str(v)))
+def test_what_is_nearly_the_usual_answer(answer_format: Any, mode: str, finished: bool, host: Kernels) -> None:
+    for around in (b"%b", b"<think> a </think><answer>%b</answer>", b"<think>a</think> <answer> %b"):
+        replies = [around % text for text in _nearly_plain()]
+        _check(replies, host, answer_format=answer_format, mode=mode, finished=finished, source_size_hw=(481, 1919))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize(
+    ("box_key", "point_keys"),
+    [("area", ("spot",)), ("bbox", ("bbox",)), ("bbox", ("point", "point")), ("Box", ("POINT_XY",)), ("label", ("x",))],
+)
+def test_formats_with_keys_of_their_own(box_key: str, point_keys: tuple[str, ...], host: Kernels) -> None:
+    own = replace(VISION_REASONER, box_key=box_key, point_keys=point_keys)
+    texts = [reply.replace(b"bbox_2d", box_key.encode()) for reply in _nearly_plain()]
+    texts += [reply.replace(b"point_2d", point_keys[0].encode()) for reply in texts]
+    for mode in ("tolerant", "rfc8259"):
+        _check(texts, host, answer_format=own, mode=mode)
+
+
+@NEEDS_COMPILER
+def test_any_number_of_tags_is_found(host: Kernels) -> None:
+    answer = f"<answer>[{OBJECT}]</answer>"
+    for count in range(30):
+        for tag in (
+            "<think>",
+            "</think>",
+            "<answer>",
+            "</answer>",
+            "< / Think >",
+            "<think></think>",
+            "<answer>[]</answer>",
+        ):
+            texts = (
+                tag * count + answer,
+                f"<think>x{tag * count}</think>{answer}",
+                answer + tag * count,
+                f"[{OBJECT}]",
+            )
+            for mode in ("tolerant", "rfc8259"):
+                _check([encode_reply(text) for text in texts], host, mode=mode)
 
 
 @NEEDS_COMPILER
