@@ -27,7 +27,7 @@ from segzero_rt.graph import Backend, Stop, default_threads, resolve_backend
 from segzero_rt.image import MAX_PIXELS, ImageLike, ImageRgb, as_image
 from segzero_rt.kernels.backend import resolve_kernels
 from segzero_rt.mask import tight_boxes
-from segzero_rt.policy import Generation, Policy, View
+from segzero_rt.policy import Generation, Policy, View, is_small_decoder
 from segzero_rt.segmentation import Segmentation
 from segzero_rt.segmenter import ImageEmbedding, ImageEncoder, MaskDecoder
 from segzero_rt.segmenter_prompt import SegmenterPrompt
@@ -69,7 +69,8 @@ class SegZero:
             bundle: an opened bundle, a folder, or None for the embedded `tabletop`.
             backend: "auto", "cpu", "cuda", ...; a forced backend that is not there is an error. "tensorrt" and
                 "tensorrt-rtx" run the engines that `segzero build` put into the bundle.
-            threads: CPU threads of each graph; the cores of this process by default.
+            threads: CPU threads of each graph. By default each takes the cores of this process; with a small policy,
+                both decoders take one, and the picture's encoder the others.
             allow_ungated: take engines that were never compared with their reference.
             draft_tokens: guesses that the policy checks in one run, 0 for none; see `Policy.load`.
 
@@ -83,8 +84,12 @@ class SegZero:
         resolved = _resolve(backend, opened, allow_ungated)
         resolve_kernels()  # now, not in the first question: it may compile, or say that a forced build is not there
         policy = Policy.load(opened, backend=resolved, threads=threads, draft_tokens=draft_tokens)
-        encoder = ImageEncoder.load(opened, backend=resolved, threads=threads)
-        return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=threads))
+        beside, last = threads, threads
+        if threads is None and is_small_decoder(opened.file(opened.manifest.policy.graphs.decoder)):
+            beside = max(1, default_threads() - 1)  # one core is the policy's, which answers at the same time
+            last = 1  # as for the policy's decoder: waking threads would cost more than they save
+        encoder = ImageEncoder.load(opened, backend=resolved, threads=beside)
+        return cls(opened, policy, encoder, MaskDecoder.load(opened, backend=resolved, threads=last))
 
     def __call__(
         self,

@@ -173,13 +173,13 @@ class Policy:
                 "a newer segzero-rt may know it"
             )
         resolved = backend if isinstance(backend, Backend) else resolve_backend(backend)
-        # A small decoder's products are so short that waking a second thread costs more than it saves.
-        decoder = graphs["decoder"]
-        single = threads is None and decoder.is_file() and graph_bytes(decoder) < SMALL_DECODER_BYTES
+        small = is_small_decoder(graphs["decoder"])
         loaded = {}
         for name, spec in policy_specs(manifest).items():
-            chosen = 1 if single and name != "vision" else threads
-            loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen)
+            # A small decoder's products are so short that waking a second thread costs more than it saves.
+            chosen = 1 if small and threads is None and name != "vision" else threads
+            short = small and name == "decoder"
+            loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen, short_prompts=short)
         chat, form = Chat(tokenizer), FORMATS[answer_format]
         return cls(manifest, chat, answer_format=form, draft_tokens=draft_tokens, **loaded)
 
@@ -389,6 +389,11 @@ class Policy:
     def embed(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Rows of the token table, float32 [1, tokens, hidden]."""
         return self._embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
+
+
+def is_small_decoder(graph: Path) -> bool:
+    """Whether a decoder is so small that it runs best on one thread, beside which the other cores have time."""
+    return graph.is_file() and graph_bytes(graph) < SMALL_DECODER_BYTES
 
 
 class _Clock:

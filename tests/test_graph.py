@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +160,49 @@ def test_a_backend_that_is_offered_but_cannot_start_is_an_error(affine: Path, mo
 def test_an_unknown_backend_is_refused(name: str) -> None:
     with pytest.raises(BackendError, match="auto, cpu, cuda"):
         resolve_backend(name)
+
+
+SWITCH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+CONTEXTS = [
+    ("short prompts, switch unset", True, None, "1"),
+    ("short prompts, switch set to something", True, "0", "1"),
+    ("any prompts, switch unset", False, None, None),
+    ("any prompts, switch set to something", False, "0", "0"),
+]
+
+
+@pytest.mark.parametrize(("name", "short", "before", "inside"), CONTEXTS, ids=[name for name, *_ in CONTEXTS])
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_switch_for_short_prompts_is_set_while_a_session_is_made_and_no_longer(
+    affine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    short: bool,
+    before: str | None,
+    inside: str | None,
+    readable: bool,
+) -> None:
+    import onnxruntime
+
+    monkeypatch.delenv(SWITCH, raising=False)
+    if before is not None:
+        monkeypatch.setenv(SWITCH, before)
+    seen: list[str | None] = []
+    make_session = onnxruntime.InferenceSession
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        seen.append(os.environ.get(SWITCH))
+        return make_session(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", note)
+    if readable:
+        Graph.load(affine, SPEC, backend="cpu", threads=1, short_prompts=short)
+    else:
+        affine.write_bytes(affine.read_bytes()[:40])
+        with pytest.raises(GraphError, match="readable graph"):
+            Graph.load(affine, SPEC, backend="cpu", threads=1, short_prompts=short)
+    assert seen == [inside]
+    assert os.environ.get(SWITCH) == before
 
 
 @pytest.mark.parametrize("threads", [-1, 0, 1025, 10**9])

@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from segzero_rt import pipeline as pipeline_module
+from segzero_rt import policy as policy_module
 from segzero_rt.answer import AnswerStatus, Prompt
 from segzero_rt.answer_format import SEG_ZERO, VISION_REASONER
 from segzero_rt.bundle import Bundle
 from segzero_rt.errors import BackendError, BundleError, GraphError, ImageError, PromptError, QuestionError
-from segzero_rt.graph import Stop
+from segzero_rt.graph import Graph, Stop
 from segzero_rt.pipeline import SegZero
 from segzero_rt.policy import Generation
 
+GRAPHS = ("decoder", "embedding", "vision", "encoder", "mask decoder")
 PICTURE = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
 
 
@@ -225,6 +228,43 @@ def test_an_embedding_that_nobody_reads_is_given_up(
     with pytest.raises(GraphError, match="image_encoder"):
         stops[1]()
         encoder(PICTURE, stop=stops[1])
+
+
+SMALL = {"decoder": 1, "embedding": 1, "vision": None, "mask decoder": 1}
+SHARES = [
+    ("small policy, four cores", 4, None, 1 << 40, SMALL | {"encoder": 3}),
+    ("small policy, one core", 1, None, 1 << 40, SMALL | {"encoder": 1}),
+    ("small policy, as many as the caller says", 4, 2, 1 << 40, dict.fromkeys(GRAPHS, 2)),
+    ("large policy", 4, None, 0, dict.fromkeys(GRAPHS)),
+]
+
+
+@pytest.mark.parametrize(("name", "cores", "threads", "small", "expected"), SHARES, ids=[name for name, *_ in SHARES])
+def test_graphs_that_run_at_the_same_time_share_the_cores(
+    tiny_bundle_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cores: int,
+    threads: int | None,
+    small: int,
+    expected: dict[str, int | None],
+) -> None:
+    bundle = Bundle.open(tiny_bundle_path)
+    files = {key: bundle.file(getattr(bundle.manifest.policy.graphs, key)) for key in GRAPHS[:3]}
+    files["encoder"] = bundle.file(bundle.manifest.segmenter.graphs.encoder)
+    files["mask decoder"] = bundle.file(bundle.manifest.segmenter.graphs.decoder)
+    given: dict[Path, int | None] = {}
+    load = Graph.load
+
+    def note(path: Path, *arguments: Any, **options: Any) -> Graph:
+        given[path] = options["threads"]
+        return load(path, *arguments, **options)
+
+    monkeypatch.setattr(Graph, "load", note)
+    monkeypatch.setattr(pipeline_module, "default_threads", lambda: cores)
+    monkeypatch.setattr(policy_module, "SMALL_DECODER_BYTES", small)
+    SegZero.load(bundle, backend="cpu", threads=threads)
+    assert {key: given[path] for key, path in files.items()} == expected
 
 
 def test_loading_names_what_is_wrong(tiny_bundle_path: Path, tmp_path: Path) -> None:
