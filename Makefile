@@ -40,7 +40,7 @@ lint: .venv-test/stamp
 .venv-test/stamp: $(PACKAGING)
 	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	.venv-test/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	.venv-test/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[cpu,export,train,eval,tensorrt-rtx,dev]'
+	.venv-test/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[cpu,export,train,eval,tensorrt-rtx,optimum,dev]'
 	touch $@
 
 # The oldest runtime that is supported: what JetPack 6 has (Python 3.10, the last onnxruntime and NumPy for it). Without

@@ -1,4 +1,4 @@
-"""Packaging of segzero-rt: one importable name, `segzero_rt`.
+"""Packaging of segzero-rt: one importable name, `segzero_rt`, and one file in Optimum's namespace.
 
 The folders `export/` and `training/` of the checkout are installed as `segzero_rt.export` and `segzero_rt.training`: a
 top-level `training` would overwrite that of PyPI's `sam2`, which ships one too. They hold a few hundred kilobytes of
@@ -123,8 +123,15 @@ setup(
         "segzero_rt.export",
         "segzero_rt.training",
         "segzero_rt.training.experiments",
+        # Optimum finds subcommands in this namespace (PEP 420) and nowhere else; without Optimum nothing reads it.
+        "optimum.commands.register",
     ],
-    package_dir={"segzero_rt": "segzero_rt", "segzero_rt.export": "export", "segzero_rt.training": "training"},
+    package_dir={
+        "segzero_rt": "segzero_rt",
+        "segzero_rt.export": "export",
+        "segzero_rt.training": "training",
+        "optimum.commands.register": "export/optimum",
+    },
     package_data={
         "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],
         "segzero_rt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.hpp"],
@@ -139,6 +146,8 @@ setup(
         "tensorrt-rtx": ['tensorrt-rtx-cu13>=1.7; platform_machine == "x86_64" or platform_machine == "AMD64"'],
         "cuda": ["pycuda>=2024.1"],
         "export": EXPORT,
+        # `optimum-cli export segzero`
+        "optimum": [*EXPORT, "optimum>=2.0"],
         "train": TRAIN,
         # These bring or build CUDA code: never part of [train], which CI installs.
         "qlora": [*TRAIN, "bitsandbytes>=0.45"],

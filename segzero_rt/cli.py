@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from segzero_rt import __version__
@@ -70,8 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # absent where a caller replaced the stream
             stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are no text
+    return run_reporting(lambda: _dispatch(arguments), as_json=as_json)
+
+
+def run_reporting(work: Callable[[], int], *, as_json: bool) -> int:
+    """Runs a command; whatever is the user's to mend becomes one line on stderr. Returns the exit status."""
     try:
-        status = _dispatch(arguments)
+        status = work()
         sys.stdout.flush()
         return status
     except SegZeroError as error:
@@ -100,12 +105,21 @@ def _dispatch(arguments: list[str]) -> int:
         parsed = parser.parse_args(rest)
     except SystemExit as stop:  # argparse's own way to end after `--help`
         return int(stop.code or 0)
+    return execute_command(command, parsed)
+
+
+def execute_command(command: Command, parsed: argparse.Namespace) -> int:
+    """Runs a command with its options.
+
+    Raises:
+        UsageError: what it needs is not installed.
+    """
     try:
         return command.execute(parsed)
     except ModuleNotFoundError as error:  # commands outside the runtime import what they need when they run
-        if name in _BUILT_IN or (error.name or "segzero_rt").partition(".")[0] == "segzero_rt":
+        if command.NAME in _BUILT_IN or (error.name or "segzero_rt").partition(".")[0] == "segzero_rt":
             raise
-        raise _not_installed(name, error) from error
+        raise _not_installed(command.NAME, error) from error
 
 
 def make_parser(command: Command) -> argparse.ArgumentParser:
