@@ -149,7 +149,12 @@ def _sides(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[Any, st
     if arguments.genai:
         sides["onnxruntime-genai"] = (arguments.genai, "run_genai.py", {"model": str(work / "genai")})
     if arguments.llama_cpp:
-        sides["llama.cpp"] = (arguments.llama_cpp, "run_llama_cpp.py", {"model": str(work / "llama.gguf")})
+        gguf = str(work / "llama.gguf")
+        sides["llama.cpp"] = (
+            arguments.llama_cpp,
+            "run_llama_cpp.py",
+            {"model": gguf, "plain": arguments.llama_cpp_plain},
+        )
     if arguments.bits == 32 and arguments.transformers:
         text = str(arguments.work / "text")
         sides["transformers"] = (sys.executable, "run_transformers.py", {"model": text, "compiled": False})
@@ -220,6 +225,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="make the models, measure nothing")
     parser.add_argument("--genai", type=Path, help="interpreter with onnxruntime-genai")
     parser.add_argument("--llama-cpp", type=Path, help="interpreter with llama-cpp-python")
+    parser.add_argument(
+        "--llama-cpp-plain",
+        action="store_true",
+        help="its weights as in the file: 0.3.36 crashes in its layouts for AMX",
+    )
     parser.add_argument("--transformers", action="store_true", help="transformers too, eager, in float32")
     parser.add_argument("--compiled", action="store_true", help="and with torch.compile")
     parser.add_argument("--threads", type=int, default=2)

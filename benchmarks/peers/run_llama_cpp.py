@@ -9,6 +9,8 @@ from worker import Generate, serve
 
 def load(settings: dict[str, Any]) -> tuple[str, Generate]:
     length = len(settings["prompt"]) + settings["new_tokens"]
+    if settings["plain"]:
+        leave_weights_as_they_are()
     model = llama_cpp.Llama(
         settings["model"],
         n_ctx=length,
@@ -16,7 +18,6 @@ def load(settings: dict[str, Any]) -> tuple[str, Generate]:
         n_ubatch=length,
         n_threads=settings["threads"],
         n_threads_batch=settings["threads"],
-        flash_attn=settings.get("flash_attn", False),
         verbose=False,
     )
 
@@ -29,7 +30,19 @@ def load(settings: dict[str, Any]) -> tuple[str, Generate]:
             tokens = [int(logits.argmax())]
             yield tokens[0]
 
-    return f"llama-cpp-python {llama_cpp.__version__}", generate
+    return f"llama-cpp-python {llama_cpp.__version__}{', weights as in the file' * settings['plain']}", generate
+
+
+def leave_weights_as_they_are() -> None:
+    """Without the layouts that it repacks weights into for AMX and others; `Llama` has no argument for that."""
+    defaults = llama_cpp.llama_model_default_params
+
+    def changed():
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = llama_cpp.llama_model_default_params = changed
 
 
 serve(load)
