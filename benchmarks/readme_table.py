@@ -143,6 +143,18 @@ def decoders(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def predictor(results: Path) -> str:
+    """The whole segmenter against SAM 2's own predictor."""
+    if not any(results.glob("segmenter_predictor_hiera_t_*.json")):
+        return "Not measured yet: `python -m benchmarks.segmenter_predictor --package .venv-sam2`."
+    name, document = newest("segmenter_predictor_hiera_t", results)
+    times = document["picture_and_prompt_ms"]
+    head = [f"SAM 2.1 tiny, {CORES[str(document['threads'])]} (`{name}`)", "segzero-rt", f"sam2 {document['sam2']}"]
+    took = [f"{times[f'{side}_median']:.0f} ms" for side in ("segzero", "baseline")]
+    error = f"1024 x 1024, picture and one prompt, masks within {document['relative_error']:.0e}"
+    return table([[*head, "ratio"], [error, *took, f"{times['ratio']:.2f}x"]]) + busy(document)
+
+
 def stages(results: Path) -> str:
     """`segzero bench` on what ships: each stage alone, beside what the machine could do."""
     name, document = newest("stages", results)
@@ -188,7 +200,7 @@ def busy(document: dict[str, Any]) -> str:
     load = (card["load_average"] or [0.0])[0]
     if load <= card["cores"] + BUSY_LOAD:
         return ""
-    return f"\n\nTaken on a busy machine (load average {load:.1f} on {card['cores']} cores): to be taken again."
+    return f"\n\nTaken on a busy machine (load average {load:.1f} on {CORES.get(str(card['cores']), 'many cores')}): to be taken again."
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -199,7 +211,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"quality": quality, "speed": speed},
-    "benchmarks/README.md": {"splits": splits, "stages": stages, "decoders": decoders},
+    "benchmarks/README.md": {"splits": splits, "stages": stages, "decoders": decoders, "predictor": predictor},
 }
 
 

@@ -60,7 +60,7 @@ def test_writes_between_the_markers_alone() -> None:
 @pytest.mark.parametrize(
     ("load", "cores", "said"),
     [
-        pytest.param([5.88, 7.0, 7.0], 2, "Taken on a busy machine (load average 5.9 on 2 cores)", id="busy"),
+        pytest.param([5.88, 7.0, 7.0], 2, "Taken on a busy machine (load average 5.9 on two cores)", id="busy"),
         pytest.param([2.9, 9.0, 9.0], 2, "", id="its own load"),
         pytest.param(None, 2, "", id="untold"),
     ],
