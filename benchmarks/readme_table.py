@@ -126,7 +126,8 @@ def decoders(results: Path) -> str:
             continue
         name, document = newest(f"decoder_peers_{storage}", results)
         shape = document["shape"]
-        what = f"{storage}, {shape['num_layers']} layers of width {shape['hidden_size']}, {CORES[str(document['threads'])]}"
+        cores = CORES[str(document["threads"])]
+        what = f"{storage}, {shape['num_layers']} layers of width {shape['hidden_size']}, {cores}"
         rows = [[f"{what} (`{name}`)", f"prefill of {document['prompt_tokens']}", "a token", "equal tokens"]]
         for side, row in document["sides"].items():
             label = f"{side} ({row['version']})" if "version" in row else side
@@ -200,7 +201,8 @@ def busy(document: dict[str, Any]) -> str:
     load = (card["load_average"] or [0.0])[0]
     if load <= card["cores"] + BUSY_LOAD:
         return ""
-    return f"\n\nTaken on a busy machine (load average {load:.1f} on {CORES.get(str(card['cores']), 'many cores')}): to be taken again."
+    cores = CORES.get(str(card["cores"]), "many cores")
+    return f"\n\nTaken on a busy machine (load average {load:.1f} on {cores}): to be taken again."
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

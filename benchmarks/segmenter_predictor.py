@@ -69,6 +69,8 @@ def sam2_predictor(size: str, folder: Path) -> tuple[Run, str]:
     from sam2.build_sam import build_sam2
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
+    for name in ("torchvision", "torchvision.transforms"):  # transformers would take the stand-in for the package
+        del sys.modules[name]
     torch.manual_seed(0)
     model = build_sam2(f"configs/sam2.1/sam2.1_{size}.yaml", device="cpu")
     torch.save({"model": model.state_dict()}, folder / "checkpoint.pt")
