@@ -40,8 +40,8 @@ likeliest token as in floats: 94.7 % without, 97.6 % at 0.5, 98.3 % at 0.65, 98.
 HEADROOM = 1.1
 """Ranges reach that much further than what was measured."""
 
-_NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}
-"""Operator -> which input holds its weight."""
+_NORM = "SimplifiedLayerNormalization"
+"""Its second input is its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ class FloatDecoder:
         node = self._made_by.get(tensor)
         if node is None:
             return None
-        if node.op_type in _NORMS:
-            self._scale(node.input[_NORMS[node.op_type]], by)
+        if node.op_type == _NORM:
+            self._scale(node.input[1], by)
             return by
         if node.op_type == "Mul":
             factors = [self._made_by.get(name) for name in node.input]
