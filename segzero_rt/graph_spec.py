@@ -97,6 +97,12 @@ class GraphSpec:
         named = {tensor.name: tensor.dynamic_axes for tensor in (*self.inputs, *self.outputs)}
         return {name: axes for name, axes in named.items() if axes}
 
+    @property
+    def in_place(self) -> dict[str, str]:
+        """Output to the input whose memory it has to share: the caches that a decoder updates where they lie."""
+        caches = (name.removeprefix("present_") for name in self.output_names if name.startswith("present_"))
+        return {f"present_{cache}": f"past_{cache}" for cache in caches}
+
     def tensor(self, name: str) -> TensorSpec:
         """The input or output called `name`. Raises KeyError."""
         for tensor in (*self.inputs, *self.outputs):

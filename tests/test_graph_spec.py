@@ -106,6 +106,9 @@ def test_every_decoder_has_batch_new_tokens_and_picked_logits(flavour: str) -> N
     assert len(cache) == len(spec.outputs) - 1 == 6
     capacity = 77 if flavour == "trt11" else "capacity"
     assert {tensor.shape for tensor in cache} == {("batch", 2, capacity, 16)}
+    assert len(spec.in_place) == (0 if flavour == "portable" else 6)
+    for output, source in spec.in_place.items():
+        assert spec.tensor(output).shape == spec.tensor(source).shape
     rows = {tensor.shape[2] for tensor in spec.outputs[1:]}
     assert rows == ({"new"} if flavour == "portable" else {capacity}), "in place, or only the new rows: never a copy"
 

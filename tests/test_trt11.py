@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from export.policy_decoder import build_decoder
 from segzero_rt.bundle import Bundle, write_bundle
 from segzero_rt.errors import ExportError, GraphError
 from segzero_rt.graph import Graph
-from segzero_rt.graph_spec import MASKED, decoder_spec
+from segzero_rt.graph_spec import MASKED, GraphSpec, TensorSpec, decoder_spec
 from segzero_rt.policy import Policy
 
 pytestmark = pytest.mark.skipif("trt11" not in RUNNABLE_FLAVOURS, reason="opset 24 needs ONNX Runtime 1.25")
@@ -158,6 +160,86 @@ def test_tensorrt_reads_layers_of_its_own_and_builds_an_engine(
     graph = Graph.load(decoder, bundle_specs(manifest)["decoder"][1], backend="cpu", threads=1)
     for inputs in example_inputs(bundle, "decoder", record):  # what the gate on a GPU would ask
         assert np.isfinite(graph.run(inputs)["logits"]).all()
+
+
+class Context:
+    """Adds a row of ones to the cache, as an engine does: in the memory that the update's output is told to be."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name.replace("present", "past")]
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.addresses["present_key_0"] != self.addresses["past_key_0"]:
+            return False  # what TensorRT demands of IKVCacheUpdateLayer
+        (row,) = self.device.memory[self.addresses["write_indices"]].view(np.int64)
+        cache = self.device.memory[self.addresses["present_key_0"]].view(np.float32)
+        cache.reshape(self.shapes["past_key_0"])[0, 0, row] = 1
+        return True
+
+
+class Device:
+    """Memory by address, on the host."""
+
+    stream_handle = 0
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+
+    def current(self) -> Any:
+        return nullcontext()
+
+    def allocate(self, num_bytes: int) -> Any:
+        address = 16 * (len(self.memory) + 1)
+        self.memory[address] = np.zeros(num_bytes, np.uint8)
+        return SimpleNamespace(address=address, num_bytes=num_bytes)
+
+    def upload(self, array: np.ndarray, buffer: Any) -> None:
+        self.memory[buffer.address][:] = array.reshape(-1).view(np.uint8)
+
+    def download(self, buffer: Any, array: np.ndarray) -> None:
+        array.reshape(-1).view(np.uint8)[:] = self.memory[buffer.address]
+
+    def wait(self) -> None:
+        """Nothing runs beside."""
+
+
+def test_an_engine_is_given_one_memory_for_a_cache_and_its_update() -> None:
+    """What it does with it on a GPU, only a GPU can tell."""
+    from segzero_rt.engines.graph import EngineGraph
+
+    shape = ("batch", 1, 4, 2)
+    spec = GraphSpec(
+        name="decoder",
+        flavour="trt11",
+        inputs=(TensorSpec("write_indices", "int64", ("batch",)), TensorSpec("past_key_0", "float32", shape)),
+        outputs=(TensorSpec("present_key_0", "float32", shape),),
+    )
+    device = Device()
+    engine = SimpleNamespace(create_execution_context=lambda: Context(device))
+    record: Any = SimpleNamespace(profiles=[SimpleNamespace(shapes={})])
+    backend: Any = SimpleNamespace(library=SimpleNamespace(has_runtime_config=False), gpu=device)
+    graph = EngineGraph(engine, record, spec, backend)
+    cache, write_indices = np.zeros((1, 1, 4, 2), np.float32), np.zeros(1, np.int64)
+    bound = graph.bind({"write_indices": write_indices, "past_key_0": cache}, {"present_key_0": cache})
+    for row in (0, 2):
+        write_indices[0] = row
+        bound.run()
+    assert cache[0, 0].tolist() == [[1, 1], [0, 0], [1, 1], [0, 0]]
 
 
 def test_a_cache_of_another_length_than_the_file_s_is_refused(exported: tuple[PolicyExport, Path]) -> None:

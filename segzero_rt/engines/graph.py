@@ -214,12 +214,13 @@ class EngineGraph(Graph):
                 buffer = self._buffer(name, array)
                 self._device.upload(np.ascontiguousarray(array), buffer)
                 context.set_tensor_address(name, buffer.address)
+            shared = self.spec.in_place  # TensorRT takes a cache's update only where it lies
             for name, array in outputs.items():
-                context.set_tensor_address(name, self._buffer(name, array).address)
+                context.set_tensor_address(name, self._buffer(shared.get(name, name), array).address)
             if not context.execute_async_v3(self._device.stream_handle):
                 raise GraphError(f"expected graph {self.spec.label} to run, {self._library} refuses")
             for name, array in outputs.items():
-                self._device.download(self._buffers[name], array)
+                self._device.download(self._buffers[shared.get(name, name)], array)
             self._device.wait()
 
     def _buffer(self, name: str, array: Array) -> DeviceBuffer:
