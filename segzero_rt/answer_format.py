@@ -37,7 +37,8 @@ class Rounding(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerFormat:
-    """The text conventions of one policy family. Coordinates are pixels of the resized picture the policy sees."""
+    """The text conventions of one policy family. Coordinates are pixels of the resized picture the policy sees, unless
+    the policy's manifest names other units."""
 
     name: str
     """The value of `--format` and of the manifest's `answer_format`."""

@@ -107,7 +107,8 @@ def parse_answer(
     Args:
         text: the reply as generated, without the prompt.
         answer_format: the family whose rounding, own keys and empty answer hold.
-        input_size_hw: height and width of the picture the policy saw; the text's coordinates are its pixels.
+        input_size_hw: height and width that the text's coordinates count up to: those of the picture the policy saw, or
+            what its family answers in instead (`PolicyManifest.answer_size_hw`).
         source_size_hw: height and width of the source picture; the prompts' coordinates are its pixels.
         finished: False if the token budget, not the policy, ended the reply.
         mode: which notation is accepted, see above.

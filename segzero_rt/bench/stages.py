@@ -56,7 +56,7 @@ def _one(
     answer = parse_answer(
         reply.text,
         answer_format=answer_format or policy.default_format,
-        input_size_hw=policy.manifest.input_size_hw,
+        input_size_hw=policy.manifest.answer_size_hw,
         source_size_hw=(image_rgb.shape[0], image_rgb.shape[1]),
         finished=reply.finished,
     )
