@@ -33,7 +33,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         at = row["latency_ms"]["p50"], row["giou"]
         colour = _COLOURS[precisions.index(row["precision"]) % len(_COLOURS)]
         marker = _MARKERS[replies.index(row["reply"]) % len(_MARKERS)]
-        face = colour if row["within_gate"] else "none"
+        face = {"within": colour, "open": f"{colour}44"}.get(row["gate"], "none")
         axes.scatter(*at, s=34, marker=marker, facecolors=face, edgecolors=colour, zorder=2)
         axes.annotate(str(row["side"]), at, xytext=(4, 4), textcoords="offset points", fontsize=6, color=_GREY)
     legend = [
@@ -43,13 +43,13 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         Line2D([], [], color=_GREY, marker=_MARKERS[index % len(_MARKERS)], ls="", mfc="none", label=name)
         for index, name in enumerate(replies)
     ]
-    axes.legend(handles=legend, fontsize=7, frameon=False, loc="lower right")
+    figure.legend(handles=legend, fontsize=7, frameon=False, loc="outside right upper")
     axes.set_xlabel("median latency of one question, ms")
     axes.set_ylabel("gIoU")
     axes.set_title(
-        f"filled: loses at most {document['gate_limit']} gIoU against {document['reference']}; "
-        "numbers: side of the policy's picture",
-        fontsize=8, color=_GREY,
+        f"filled: loses at most {document['gate_limit']} gIoU against {document['reference']}, pale: perhaps, hollow: "
+        "more; number: side of the policy's picture; line: the front",
+        fontsize=7, color=_GREY,
     )  # fmt: skip
     environment = document["environment"]
     told = (
