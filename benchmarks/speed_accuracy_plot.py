@@ -46,11 +46,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     figure.legend(handles=legend, fontsize=7, frameon=False, loc="outside right upper")
     axes.set_xlabel("median latency of one question, ms")
     axes.set_ylabel("gIoU")
-    axes.set_title(
-        f"filled: loses at most {document['gate_limit']} gIoU against {document['reference']}, pale: perhaps, hollow: "
-        "more; number: side of the policy's picture; line: the front",
-        fontsize=7, color=_GREY,
-    )  # fmt: skip
+    meaning = (
+        f"filled: loses at most {document['gate_limit']} gIoU against {document['reference']}, "
+        "pale: perhaps, hollow: more\nnumber: side of the policy's picture, line: the front"
+    )
+    figure.suptitle(meaning, fontsize=7, color=_GREY, x=0.01, ha="left")
     environment = document["environment"]
     told = (
         f"{environment['cpu']}, {document['cores']} cores, {rows[0]['num_samples']} questions, {document['date'][:10]}"
