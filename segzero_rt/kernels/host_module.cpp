@@ -227,7 +227,8 @@ PyObject* parse_answer(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!known->within) Py_RETURN_NONE;
     ReplyBytes reply;
     if (!reply.read(text)) return nullptr;
-    const Parsed parsed = parse_on_host(reply.data, u32(reply.length), finished != 0, Mode(mode), known->rules, sizes);
+    const Parsed parsed =
+        parse_on_host(workspace, reply.data, u32(reply.length), finished != 0, Mode(mode), known->rules, sizes);
     if (parsed.status == Status::kTapeFull) return PyErr_NoMemory();
     return answer_type.make({new_reference(statuses[u32(parsed.status)]), reply.cut(text, parsed.thinking),
                              make_prompts(parsed), new_reference(text)});
@@ -311,15 +312,17 @@ struct BatchRequest {
     // False: no memory for the tape.
     bool parse(Packed& packed) const {
         const Py_ssize_t count = PyTuple_GET_SIZE(replies);
+        Workspace& own = workspace;
         const Sizes* each_size = static_cast<const Sizes*>(sizes.buf);
         const u8* each_end = static_cast<const u8*>(finished.buf);
         const Py_ssize_t size_step = sizes.len == Py_ssize_t(sizeof(Sizes)) ? 0 : 1;
         const Py_ssize_t end_step = finished.len == 1 ? 0 : 1;
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject* reply = PyTuple_GET_ITEM(replies, i);
-            const Parsed parsed = parse_on_host(reinterpret_cast<const u8*>(PyBytes_AS_STRING(reply)),
-                                                u32(PyBytes_GET_SIZE(reply)), each_end[i * end_step] != 0, Mode(mode),
-                                                *static_cast<const Rules*>(rules.buf), each_size[i * size_step]);
+            const u8* text = reinterpret_cast<const u8*>(PyBytes_AS_STRING(reply));
+            const Parsed parsed =
+                parse_on_host(own, text, u32(PyBytes_GET_SIZE(reply)), each_end[i * end_step] != 0, Mode(mode),
+                              *static_cast<const Rules*>(rules.buf), each_size[i * size_step]);
             if (parsed.status == Status::kTapeFull) return false;
             packed.add(size_t(i), parsed);
         }
@@ -343,8 +346,9 @@ PyObject* parse_prompts(PyObject*, PyObject* arguments) try {
     bool parsed = false, memory = true;
     Py_BEGIN_ALLOW_THREADS;
     try {
-        packed.start(size_t(PyTuple_GET_SIZE(request.replies)));
-        parsed = request.parse(packed);
+        Packed& own = packed;
+        own.start(size_t(PyTuple_GET_SIZE(request.replies)));
+        parsed = request.parse(own);
     } catch (const std::bad_alloc&) {
         memory = false;
     }

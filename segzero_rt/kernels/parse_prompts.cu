@@ -70,10 +70,10 @@ struct Workspace {
 
 thread_local Workspace workspace;
 
-// `kTapeFull`: no memory. The prompts are there until the thread's next reply.
-[[maybe_unused]] Parsed parse_on_host(const u8* text, u32 length, bool finished, Mode mode, const Rules& rules,
-                                      const Sizes& sizes) {
-    Workspace& own = workspace;
+// `kTapeFull`: no memory. The prompts are there until the next reply. `own` is the thread's: to find that for each reply
+// would take as long as finding a tag.
+[[maybe_unused]] Parsed parse_on_host(Workspace& own, const u8* text, u32 length, bool finished, Mode mode,
+                                      const Rules& rules, const Sizes& sizes) {
     if (own.capacity == 0) own.grow(kFirstTape);
     while (true) {
         ReplyParser parser(text, length, finished, mode, rules, sizes, Tape{own.nodes, own.capacity, 0}, own.prompts);

@@ -45,7 +45,7 @@ struct PlainReader {
     }
 
     // Takes `mark` with the blanks around it.
-    SZ_HD bool take(u8 mark) {
+    SZ_HD_INLINE bool take(u8 mark) {
         if (at < end && text[at] != mark) skip_blank();
         if (at >= end || text[at] != mark) return false;
         ++at;
@@ -129,7 +129,7 @@ struct PlainReader {
         return at < end && text[at] == '"' ? string(ignored) : number(number_ignored);
     }
 
-    SZ_HD bool numbers(double* values, u32 count) {
+    SZ_HD_INLINE bool numbers(double* values, u32 count) {
         if (!take('[')) return false;
         for (u32 i = 0; i < count; ++i) {
             if ((i > 0 && !take(',')) || !number(values[i])) return false;
@@ -138,7 +138,7 @@ struct PlainReader {
     }
 
     // A number of up to 15 digits, a point among them perhaps: exact in one division (see decimal.cuh).
-    SZ_HD bool number(double& value) {
+    SZ_HD_INLINE bool number(double& value) {
         constexpr double kPowers[] = {1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14};
         const bool negative = at < end && text[at] == '-';
         if (negative) ++at;
@@ -165,7 +165,7 @@ struct PlainReader {
 
     // Takes up to 7 digits with no branch for each: their number differs from coordinate to coordinate, so that a loop's
     // end is guessed wrong. False, and nothing taken, for others.
-    SZ_HD bool short_whole(u64& digits) {
+    SZ_HD_INLINE bool short_whole(u64& digits) {
 #ifndef __CUDA_ARCH__
         if (end - at < 8) return false;
         u64 word;
@@ -187,7 +187,7 @@ struct PlainReader {
     }
 
     // ASCII without escapes and without `<`; what follows has to end it for the tolerant reader too.
-    SZ_HD bool string(Span& inside) {
+    SZ_HD_INLINE bool string(Span& inside) {
         if (at >= end || text[at] != '"') return false;
         inside.begin = ++at;
         skip_plain();
@@ -199,7 +199,7 @@ struct PlainReader {
 
     SZ_HD static bool is_plain(u8 c) { return c >= 0x20 && c < 0x80 && c != '"' && c != '\\' && c != '<'; }
 
-    SZ_HD void skip_plain() {
+    SZ_HD_INLINE void skip_plain() {
 #ifndef __CUDA_ARCH__
         const auto is_zero = [](u64 bytes) { return (bytes - kOnes) & ~bytes; };  // exact up to the first
         for (u64 word; end - at >= 8; at += 8) {

@@ -13,7 +13,10 @@
 #define SZ_HD __host__ __device__
 // Functions with several callers and many branches: inlined into one kernel they would take ptxas minutes.
 #define SZ_HD_CALL __host__ __device__ __noinline__
+#define SZ_HD_INLINE __host__ __device__ inline
 #else
+// Small steps of a reader: only inlined do its place and its end stay in registers.
+#define SZ_HD_INLINE inline __attribute__((always_inline))
 #define SZ_HD
 #define SZ_HD_CALL
 #endif
