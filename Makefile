@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 TORCH ?= torch==2.13.0
 
 DEMO_PICTURE ?= docs/tabletop.png
-DEMO_QUESTION ?= the green scissors
+DEMO_QUESTION ?= dinner is ready to be served, what helps
 
 PACKAGING := setup.py pyproject.toml segzero_rt/__init__.py
 SOURCES = $(shell find segzero_rt export training -name '*.py' -o -name '*.cu*' -o -name '*.[ch]pp' -o -path 'segzero_rt/bundles/*' -type f)

@@ -51,14 +51,16 @@ def newest(name: str, results: Path = RESULTS) -> tuple[str, dict[str, Any]]:
 
 
 def quality(results: Path) -> str:
-    """gIoU of what ships and of the float16 bundle, by kind of question."""
+    """gIoU of what ships, of the float16 bundle, and of the base policy in float16, by kind of question."""
     (_, int8), (_, float16) = newest("eval_test300_int8", results), newest("eval_test300_float16", results)
+    _, base = newest("eval_test300_base_float16", results)
     _, trivial = newest("trivial_baselines", results)
     size = sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file())
     rows = [
         ["gIoU of the embedded `tabletop` bundle", "all", *KINDS],
         [f"int8 (what ships, {size / 2**20:.0f} MiB)", *_scores(int8)],
         ["float16", *_scores(float16)],
+        ["float16, before reinforcement", *_scores(base)],
     ]
     low, high = int8["giou_interval_95"]
     parsed = round(int8["parse_rate"] * int8["num_samples"])

@@ -27,6 +27,7 @@ from segzero_rt.preprocess import Preprocessor
 from training.grpo import build_trainer, check_rows, newest_checkpoint, train_grpo
 from training.grpo_callbacks import METRICS_NAME, REPORT_NAME, read_metrics
 from training.grpo_data import as_parts, training_dataset
+from training.grpo_model import load_policy
 from training.grpo_presets import PRESETS, GrpoPreset, Precision, Vllm, debug, seg_zero_3b, tabletop, with_lora
 from training.grpo_processor import CHAT_TEMPLATE, load_processor
 from training.grpo_trainer import SegmentationGrpoTrainer, SharedPromptGrpoTrainer
@@ -164,6 +165,9 @@ BAD_PRESETS: dict[str, Callable[[], GrpoPreset]] = {
     "unknown format": lambda: dataclasses.replace(debug(), answer_format="xml"),
     "bfloat16 weights trained whole": lambda: dataclasses.replace(seg_zero_3b(), precision=Precision.BF16),
     "shared prompts with vLLM": lambda: dataclasses.replace(tabletop(), vllm=Vllm.COLOCATE),
+    "all of the base": lambda: dataclasses.replace(debug(), base_share=1.0),
+    "less than nothing of the base": lambda: dataclasses.replace(debug(), base_share=-0.1),
+    "adapters mixed with the base": lambda: dataclasses.replace(with_lora(debug()), base_share=0.5),
     "no steps between evaluations": lambda: dataclasses.replace(debug(), eval_every=0),
 }
 
@@ -258,6 +262,20 @@ def test_a_run_leaves_its_curve_its_report_and_the_best_policy(folder: Path) -> 
     assert any(not torch.equal(base[name], best[name]) for name in base)
     with pytest.raises(SegZeroError, match="another --out"):
         train_grpo(dataclasses.replace(run, preset=dataclasses.replace(run.preset, seed=7)))
+
+
+def test_a_share_of_the_base_is_mixed_into_the_best_policy(folder: Path) -> None:
+    """Half of it lies half way, in every weight."""
+    runs = [
+        make_run(folder, out=f"share-{share}", max_steps=2, learning_rate=1e-2, base_share=share)
+        for share in (0.0, 0.5)
+    ]
+    base, best, mixed = (
+        load_policy(runs[0].preset, str(path)).state_dict() for path in (runs[0].policy, *map(train_grpo, runs))
+    )
+    assert any(not torch.equal(base[name], best[name]) for name in base)
+    for name in base:
+        torch.testing.assert_close(mixed[name], (base[name] + best[name]) / 2, msg=name)
 
 
 _KILLED = """

@@ -80,14 +80,18 @@ def train_grpo(run: GrpoRun) -> Path:
 
     Raises:
         DatasetError: a row that cannot be asked or scored, before anything is trained.
-        SegZeroError: `out` holds another run, or the policy does not load.
+        SegZeroError: `out` holds another run, the policy does not load, or several processes are to mix weights.
     """
+    if run.preset.base_share and PartialState().num_processes > 1:
+        raise SegZeroError("expected one process with a base share, whose weights are whole; give --base-share 0")
     check_rows(run)
     _claim_folder(run)
     trainer = build_trainer(run)
     checkpoint = newest_checkpoint(run.out)
     trainer.args.eval_on_start = checkpoint is None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if run.preset.base_share:
+        mix_in(trainer.model, load_policy(run.preset, run.policy), run.preset.base_share)
     return save_best(trainer, run.out / POLICY_FOLDER)
 
 
@@ -224,6 +228,13 @@ def _claim_folder(run: GrpoRun) -> None:
             f"expected {run.out} to hold a run with these settings, its {', '.join(differing)} differ(s) "
             f"(see {path}); choose another --out"
         )
+
+
+def mix_in(policy: Any, base: Any, share: float) -> None:
+    """Moves every weight of `policy` by `share` of the way to that of `base`, in place."""
+    with torch.no_grad():
+        for weight, other in zip(policy.parameters(), base.parameters(), strict=True):
+            weight.lerp_(other.to(weight), share)
 
 
 def save_best(trainer: SegmentationGrpoTrainer, folder: Path) -> Path:

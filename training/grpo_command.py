@@ -42,6 +42,10 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--learning-rate", type=float, metavar="X")
     changes.add_argument("--seed", type=int, metavar="K")
     changes.add_argument(
+        "--base-share", type=float, metavar="X",
+        help="share of the weights that training began with in those that it ends with: less is forgotten",
+    )  # fmt: skip
+    changes.add_argument(
         "--reward-extras", metavar="T,T",
         help="terms added to the preset's rewards: brevity[:TOKENS], mask_iou[:BUNDLE], abstention, closeness, "
         "empty_thinking",
@@ -83,6 +87,7 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
         "max_steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
+        "base_share": arguments.base_share,
         "freeze_vision": arguments.freeze_vision or None,
         "precision": None if arguments.precision is None else Precision(arguments.precision),
     }

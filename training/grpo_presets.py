@@ -129,6 +129,10 @@ class GrpoPreset:
     shared_prompts: bool = False
     """Read a prompt once for all its samples (`SharedPromptGrpoTrainer`); one process, no vLLM, no checkpointing."""
     freeze_vision: bool = False
+    base_share: float = 0.0
+    """Of the weights that a run began with, mixed into the best ones at its end: what training on a few kinds of
+    questions made a policy forget of others comes back, at little cost to what it learnt (Wortsman et al., "Robust
+    fine-tuning of zero-shot models", 2022). Whole weights in one process only."""
     lora: Lora | None = None
     vllm: Vllm | None = None
     vllm_memory_share: float = 0.5
@@ -152,6 +156,10 @@ class GrpoPreset:
             )
         if self.precision is Precision.BF16 and self.lora is None:
             raise ValueError("expected LoRA with bfloat16 weights: an update of 1e-6 is lost in them")
+        if not 0.0 <= self.base_share < 1.0:
+            raise ValueError(f"expected a base share of at least 0 and below 1, got {self.base_share}")
+        if self.base_share and self.lora is not None:
+            raise ValueError("expected a base share without LoRA, whose alpha says how much of the adapters counts")
         if self.shared_prompts and (self.vllm is not None or self.gradient_checkpointing):
             raise ValueError("expected shared prompts without vLLM and without gradient checkpointing")
 
@@ -193,6 +201,8 @@ def tabletop() -> GrpoPreset:
     replies to a question by function 7.2, 6.2 and 5.2 still had a thinking of their own (24 questions each).
     Precision: passes in bfloat16 are 1.6 to 1.8 times as fast on cores with AMX; log-probabilities of 5,741 sampled
     tokens differed by 0.0005 nats between sampling and scoring, 0.07 at most. Elsewhere choose float32.
+    Base share: the smallest of 0, 0.2, 0.25 and 0.3 that lost less than a point of what the base could answer of 100
+    validation pictures (8.8 points were lost with none, 0.8 with 0.25).
     """
     return GrpoPreset(
         name="tabletop", policy="training/checkpoints/tabletop/base", answer_format=VISION_REASONER.name,
@@ -200,7 +210,7 @@ def tabletop() -> GrpoPreset:
         temperature=0.6, learning_rate=1e-4, warmup_steps=10, learning_rate_schedule="linear", kl_coef=0.0,
         entropy_coef=0.0, reward_scale="batch", max_steps=600, eval_every=50, num_rows=9600, row_kinds=TABLETOP_KINDS,
         num_eval_rows=300, precision=Precision.BF16_MIXED, gradient_checkpointing=False, shared_prompts=True,
-        freeze_vision=True,
+        freeze_vision=True, base_share=0.25,
     )  # fmt: skip
 
 
@@ -249,5 +259,5 @@ def with_lora(preset: GrpoPreset, *, four_bit: bool = False) -> GrpoPreset:
     """
     return replace(
         preset, lora=Lora(four_bit=four_bit), precision=Precision.BF16, micro_batch=1, attention="sdpa",
-        learning_rate=10 * preset.learning_rate, freeze_vision=True, vllm=None, shared_prompts=False,
+        learning_rate=10 * preset.learning_rate, freeze_vision=True, vllm=None, shared_prompts=False, base_share=0.0,
     )  # fmt: skip

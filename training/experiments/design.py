@@ -148,7 +148,7 @@ def tabletop() -> ExperimentPreset:
     """The shipped pair's base policy on two CPU cores; GRPO's recipe is the preset `tabletop`'s, a fifth as long: most
     of what it gains it gains in its first hundred steps.
     """
-    recipe = grpo_presets.tabletop()
+    recipe = replace(grpo_presets.tabletop(), base_share=0.0)  # what an arm forgets is to be seen
     centre = recipe.learning_rate
     return ExperimentPreset(
         name="tabletop", grpo=recipe, steps=120, sweep_steps=40, evaluations=6, sweep_evaluations=2,
