@@ -29,6 +29,12 @@ def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_choice()
 
 
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the package was installed without a compiler."""
+    monkeypatch.setattr("segzero_rt.kernels.backend.installed_module", lambda: None)
+
+
 def _compiler(path: Path, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
@@ -62,6 +68,7 @@ def test_an_unknown_name_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch)
         resolve_kernels()
 
 
+@pytest.mark.usefixtures("nothing_installed")
 def test_without_a_compiler_auto_is_the_reference_and_force_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMPILER_VARIABLE, "no-such-compiler")
     chosen = resolve_kernels()
@@ -74,6 +81,7 @@ def test_without_a_compiler_auto_is_the_reference_and_force_an_error(monkeypatch
     assert answer.status.value == "none_found", "everything works without one"
 
 
+@pytest.mark.usefixtures("nothing_installed")
 def test_a_compiler_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = tmp_path / "asked"
     script = f'echo x >> "{asked}"; echo "kernels.cu:1: error: no such header" >&2; exit 1'
@@ -91,15 +99,16 @@ def test_a_compiler_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("nothing_installed")
 def test_without_pythons_headers_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segzero_rt.kernels.build.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    monkeypatch.setattr("segzero_rt.kernels.backend.installed_module", lambda: None)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     assert "Python.h" in resolve_kernels().detail
     with pytest.raises(BackendError, match="python3-dev"):
         resolve_kernels("host")
 
 
+@pytest.mark.usefixtures("nothing_installed")
 def test_a_library_that_does_not_load_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = 'while [ "$1" != "-o" ]; do shift; done; echo "no library" > "$2"'
     monkeypatch.setenv(COMPILER_VARIABLE, str(_compiler(tmp_path / "cxx", script)))
@@ -110,6 +119,7 @@ def test_a_library_that_does_not_load_is_no_reason_to_fail(tmp_path: Path, monke
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("nothing_installed")
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("in the way")

@@ -1,7 +1,8 @@
-"""`optimum-cli export segzero`, from a built wheel and with the real Optimum: the same command under another name."""
+"""`optimum-cli export segzero`, as installed and with the real Optimum: the same command under another name."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,8 +18,13 @@ from test_packaging import _build_wheel
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files, as an installation lays them out."""
+    """A folder to import from: the wheel's files, or nothing where the package is installed, even as an editable one.
+
+    Optimum reads every folder of its namespace, and refuses the command that two of them hold.
+    """
     folder = tmp_path_factory.mktemp("optimum")
+    if importlib.util.find_spec("optimum.commands.register") is not None:
+        return folder
     _build_wheel(folder, SEGZERO_EXTENSION="0").extractall(folder / "site")
     return folder / "site"
 
