@@ -190,7 +190,8 @@ def debug() -> GrpoPreset:
     """Two steps on four rows of tabletop scenes: every code path in seconds, nothing learnt."""
     return replace(
         tabletop(), name="debug", num_generations=2, prompts_per_step=2, micro_batch=4, max_completion_tokens=96,
-        max_steps=2, eval_every=1, num_rows=4, num_eval_rows=2, kl_coef=1e-2, precision=Precision.FLOAT32, base_share=0.0,
+        max_steps=2, eval_every=1, num_rows=4, num_eval_rows=2, kl_coef=1e-2, base_share=0.0,
+        precision=Precision.FLOAT32,
     )  # fmt: skip
 
 
