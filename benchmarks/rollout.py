@@ -246,11 +246,12 @@ def _rows(arguments: argparse.Namespace, scratch: Path) -> list[TrainingRow]:
 
 def _run(arguments: argparse.Namespace, rows: list[TrainingRow], out: Path, *, shared: bool) -> GrpoRun:
     from training.grpo import GrpoRun
-    from training.grpo_presets import tabletop
+    from training.grpo_presets import Precision, tabletop
 
     preset = tabletop()
     preset = replace(
         preset,
+        precision=Precision.FLOAT32,  # in which both sides can be compared digit by digit
         prompts_per_step=arguments.prompts,
         micro_batch=arguments.prompts * preset.num_generations,
         max_steps=arguments.steps,
