@@ -150,16 +150,6 @@ def test_questions_left_to_reinforcement_are_only_thought_about(segments: list[S
     assert all(re.fullmatch(rf"{THINK_OPEN} [A-Z].+ (made to|helps?).*\.", one.answer) for one in thoughts)
 
 
-def test_what_comes_to_mind_beside_a_picture_has_nothing_to_do_with_it(data: GroundingData) -> None:
-    """The same thoughts whatever lies there: no picture says which thing is meant."""
-    said = [
-        data._thought(np.random.default_rng(seed), before).token_ids
-        for seed in range(20)
-        for before in ([], data.prefix)
-    ]
-    assert all(one == other[len(data.prefix) :] for one, other in zip(said[::2], said[1::2], strict=True))
-
-
 def test_plain_questions_have_short_answers_and_no_boxes(segments: list[Segment]) -> None:
     plain = [one for one in segments if not one.prompt.startswith("Please find")]
     assert plain and all(not one.boxes and "<answer>" not in one.answer for one in plain)
