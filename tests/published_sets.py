@@ -15,6 +15,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 from PIL import Image
 
+from segzero_rt.readers.source import Reader, SourcePicture
+
 IMAGE_TYPE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 TRAIN_SCHEMA = pyarrow.schema(
     [
@@ -150,3 +152,9 @@ def write_refs(path: Path, refs: Sequence[Mapping[str, Any]]) -> Path:
     """As the refer tools' files: a pickle of protocol 2."""
     path.write_bytes(pickle.dumps([dict(one) for one in refs], protocol=2))
     return path
+
+
+def load_all(reader: Reader) -> dict[str, SourcePicture]:
+    loaded = {key: load() for key, load in reader.pictures()}
+    assert len(loaded) == len(reader)
+    return loaded
