@@ -60,6 +60,20 @@ def test_terms_are_added_behind_the_set_s_own(name: str, added: list[str]) -> No
 
 
 @pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        pytest.param(f"[{MUG_ITEM}]", 2.0, id="list"),
+        pytest.param(f"{MUG_ITEM}]", 0.0, id="list without its bracket"),
+        pytest.param(f"[{MUG_ITEM},]", 0.0, id="trailing comma"),
+        pytest.param(MUG_ITEM, 0.0, id="object alone"),
+    ],
+)
+def test_the_tabletop_format_is_the_standard_s_and_its_accuracy_tolerant(answer: str, score: float) -> None:
+    found = given("tabletop", reply(answer))
+    assert found["answer_format"] == score and found["closeness"] > 2.9
+
+
+@pytest.mark.parametrize(
     ("of", "answer"),
     [
         pytest.param("tabletop+brevity", f"[{MUG_ITEM}]", id="list"),
@@ -80,6 +94,7 @@ def test_the_setting_of_brevity_is_its_budget() -> None:
     text = reply(f"[{MUG_ITEM}]", "word " * 20)
     assert given("tabletop+brevity:20", text)["brevity"] == 0.0
     assert given("tabletop+brevity:36", text)["brevity"] == pytest.approx(0.5 * 16 / 32)
+    assert given("tabletop+brevity:36:0.9", text)["brevity"] == pytest.approx(0.9 * 16 / 32)
     assert given("tabletop+brevity", text)["brevity"] == pytest.approx(
         0.5 * (BREVITY_BUDGET - 20) / (BREVITY_BUDGET - 4)
     )
@@ -94,6 +109,10 @@ BAD_NAMES = {
     "named twice": ("tabletop+brevity+brevity:9", "brevity is in tabletop or named twice"),
     "budget of no number": ("tabletop+brevity:few", "brevity:TOKENS"),
     "budget below the floor": ("tabletop+brevity:4", "more than 4"),
+    "bonus of a whole criterion": ("tabletop+brevity:24:1.0", "between 0 and 1"),
+    "bonus of nothing": ("tabletop+brevity:24:.0", "between 0 and 1"),
+    "bonus of no number": ("tabletop+brevity:24:nan", "between 0 and 1"),
+    "bonus without a budget's end": ("tabletop+brevity:24:0.5:1", "between 0 and 1"),
     "closeness for one object": ("seg_zero_strict+closeness", "closeness with rewards for vision_reasoner"),
     "a setting that is none": ("vision_reasoner+abstention:3", "without a setting"),
     "no such bundle": ("tabletop+mask_iou:nowhere", "nowhere"),

@@ -47,7 +47,7 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     changes.add_argument(
         "--reward-extras", metavar="T,T",
-        help="terms added to the preset's rewards: brevity[:TOKENS], mask_iou[:BUNDLE], abstention, closeness, "
+        help="terms added to the preset's rewards: brevity[:TOKENS[:MOST]], mask_iou[:BUNDLE], abstention, closeness, "
         "empty_thinking",
     )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """Which rewards a preset trains with, by name, and what its rows must have for them.
 
-A name is that of a set, and of terms beyond it, each with its one setting if it has any:
+A name is that of a set, and of terms beyond it, each with its setting if it has any:
 
     tabletop                          the set as it is
     tabletop+brevity:24+mask_iou      and a bonus for short thinking, and the segmenter's masks
+    tabletop+brevity:24:0.9           a larger bonus: 0.9 instead of 0.5 for one object
     vision_reasoner+mask_iou:bundles/sam2-large
 
 Sets of the papers stay the papers'; terms beyond them are off unless they are named.
@@ -11,6 +12,7 @@ Sets of the papers stay the papers'; terms beyond them are off unless they are n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +33,10 @@ from .rows import TrainingRow
 
 BREVITY_BUDGET = 32
 """Words and marks of thinking from which on brevity earns nothing, where its setting names none."""
+BREVITY_MOST = 0.5
+"""Its bonus for one object, where its setting names none."""
 MASK_IOU = "mask_iou"
+_SHARE = re.compile(r"0?\.[0-9]{1,6}")
 _PLUS, _COLON = "+", ":"
 
 RowCheck = Callable[[TrainingRow], None]
@@ -73,10 +78,11 @@ def _vision_reasoner() -> RewardSet:
 
 
 def _tabletop() -> RewardSet:
-    """VisionReasoner's terms, read by the runtime's own parser, accuracy by degrees, and what is missing in them:
-    "there is none".
+    """VisionReasoner's terms, accuracy by degrees, read by the runtime's own parser, and what is missing in them:
+    "there is none". The format is read as VisionReasoner reads it, by the standard: where the tolerant parser judged
+    it, one list in twelve came to begin without its bracket.
     """
-    kept = (reward for reward in vision_reasoner_rewards(mode="tolerant") if reward.name != "accuracy")
+    kept = (reward for reward in vision_reasoner_rewards() if reward.name != "accuracy")
     rewards = (*kept, closeness_reward(), abstention_reward(), empty_thinking_penalty())
     return replace(_vision_reasoner(), rewards=rewards, mode="tolerant")
 
@@ -107,10 +113,15 @@ def _closeness(base: RewardSet, setting: str) -> Reward:
 
 
 def _brevity(base: RewardSet, setting: str) -> Reward:
-    if setting and not (setting.isascii() and setting.isdigit() and 4 < int(setting) < 10**6):
+    budget, _, most = setting.partition(_COLON)
+    if budget and not (budget.isascii() and budget.isdigit() and 4 < int(budget) < 10**6):
         raise SegZeroError(f"expected brevity:TOKENS with more than 4 tokens of thinking, got brevity:{setting:.40}")
-    budget = int(setting) if setting else BREVITY_BUDGET
-    return brevity_reward(budget=budget, family=base.family, mode=base.mode)
+    if most and not (_SHARE.fullmatch(most) and 0 < float(most) < 1):
+        raise SegZeroError(f"expected brevity:TOKENS:MOST with MOST between 0 and 1, got brevity:{setting:.40}")
+    return brevity_reward(
+        budget=int(budget) if budget else BREVITY_BUDGET, most=float(most) if most else BREVITY_MOST,
+        family=base.family, mode=base.mode,
+    )  # fmt: skip
 
 
 def _mask_iou(base: RewardSet, setting: str) -> Reward:
