@@ -65,7 +65,7 @@ def load_image(source: str | os.PathLike[str] | bytes, *, upright: bool = True) 
             # Pillow's bomb warning starts below this module's own limit; damaged metadata does not matter to pixels.
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-            _check_size(name, picture.size)
+            check_size(name, picture.size)
             picture.load()
             return _to_rgb(name, picture, upright=upright)
     except Image.DecompressionBombError as error:
@@ -92,7 +92,7 @@ def check_image(image_rgb: object) -> ImageRgb:
         raise ImageError(
             f"expected a picture as uint8 [H, W, 3] in RGB order, got {image_rgb.dtype} {list(shape)}; convert it first"
         )
-    _check_size("the picture", (shape[1], shape[0]))
+    check_size("the picture", (shape[1], shape[0]))
     return image_rgb
 
 
@@ -118,7 +118,8 @@ def _read_file(path: Path) -> bytes:
         raise ImageError(f"{str(path)[:200]!r}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_size(name: str, size_wh: tuple[int, int]) -> None:
+def check_size(name: str, size_wh: tuple[int, int]) -> None:
+    """Raises ImageError for a picture without pixels or with more than `MAX_PIXELS`."""
     width, height = size_wh
     if width < 1 or height < 1:
         raise ImageError(f"{name}: expected at least one pixel, got {width}x{height}")

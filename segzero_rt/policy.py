@@ -348,7 +348,7 @@ class Policy:
 
     def _patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """In window order, [1, patches, patch_dim]."""
-        return self.preprocessor.patches(image_rgb)[self._layout.patch_order][None]
+        return self.preprocessor.patches(image_rgb, order=self._layout.patch_order)[None]
 
     def _empty_cache(self, picture: PictureSpan) -> tuple[KVCache, int]:
         """A cache for a new view, and how many of the prefix's tokens it holds: what stands before every picture.

@@ -1,4 +1,4 @@
-"""A picture to the policy's patches, as `Qwen2VLImageProcessor` of transformers does it, with Pillow and NumPy."""
+"""A picture to the policy's patches, as `Qwen2VLImageProcessor` of transformers does it: `kernels.preprocess`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segzero_rt.image import check_image
+from segzero_rt.kernels.preprocess import Frame, InputTensor, preprocess
 from segzero_rt.resampling import RESAMPLERS, resize
 
 
@@ -57,19 +58,27 @@ class Preprocessor:
         check_image(image_rgb)
         return resize(image_rgb, self.input_size_hw, self.resampler)
 
-    def patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @property
+    def tensor(self) -> InputTensor:
+        """What the vision graph takes, patch order aside."""
+        return InputTensor(
+            size_hw=self.input_size_hw,
+            image_mean=self.image_mean,
+            image_std=self.image_std,
+            resampler=self.resampler,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+        )
+
+    def patches(self, image_rgb: NDArray[np.uint8], *, order: NDArray[np.integer] | None = None) -> NDArray[np.float32]:
         """Normalised patches of one frame, float32 [patches, 3 * patch_size ** 2], the patches of a token consecutive.
 
         The published processor repeats each patch for two equal frames; the exported tower takes it once.
 
+        Args:
+            order: int [patches], which patch stands at each place; by default they stand token by token.
+
         Raises:
             ImageError: not uint8 [H, W, 3], or empty.
         """
-        rows, columns = self.grid_hw
-        merge, patch = self.merge_size, self.patch_size
-        pixels = self.resize(image_rgb).reshape(rows, merge, patch, columns, merge, patch, 3)
-        blocks = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)  # uint8: a quarter of the moving
-        mean = np.asarray(self.image_mean, dtype=np.float32)[:, None]
-        std = np.asarray(self.image_std, dtype=np.float32)[:, None]
-        normalised = (blocks * np.float32(1 / 255) - mean) / std
-        return normalised.astype(np.float32, copy=False).reshape(-1, self.patch_dim)
+        return preprocess(Frame.rgb(image_rgb), self.tensor, order=order)

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,10 +19,9 @@ from segzero_rt.bundle import Bundle
 from segzero_rt.errors import PromptError
 from segzero_rt.graph import Backend, Graph, Stop
 from segzero_rt.graph_spec_segmenter import image_encoder_spec, mask_decoder_spec, mask_prompt_spec
-from segzero_rt.image import check_image
+from segzero_rt.kernels.preprocess import Frame, InputTensor, preprocess
 from segzero_rt.manifest import SegmenterManifest
 from segzero_rt.mask import masks_from_logits
-from segzero_rt.resampling import resize
 from segzero_rt.segmenter_prompt import SegmenterPrompt
 
 STABILITY_DELTA, STABILITY_THRESHOLD = 0.05, 0.98
@@ -60,10 +58,12 @@ class ImageEncoder:
     def __init__(self, graph: Graph, manifest: SegmenterManifest) -> None:
         self._graph = graph
         self.manifest = manifest
-        # value of a pixel -> what the graph takes, per channel: arithmetic on 256 numbers instead of a whole picture
-        levels = np.arange(256, dtype=np.float32)[:, None] * np.float32(1 / 255)
-        mean, std = np.asarray(manifest.image_mean, np.float32), np.asarray(manifest.image_std, np.float32)
-        self._levels = np.asfortranarray(((levels - mean) / std).astype(np.float32))
+        self._tensor = InputTensor(
+            size_hw=manifest.input_size_hw,
+            image_mean=manifest.image_mean,
+            image_std=manifest.image_std,
+            resampler=manifest.resampler,
+        )
 
     @classmethod
     def load(cls, bundle: Bundle, *, backend: str | Backend = "auto", threads: int | None = None) -> ImageEncoder:
@@ -84,12 +84,7 @@ class ImageEncoder:
         Raises:
             ImageError: not uint8 [H, W, 3], or empty.
         """
-        check_image(image_rgb)
-        resized = resize(image_rgb, self.manifest.input_size_hw, self.manifest.resampler)
-        planes = np.empty((1, 3, *self.manifest.input_size_hw), np.float32)
-        for channel in range(3):
-            cv2.LUT(cv2.extractChannel(resized, channel), self._levels[:, channel], dst=planes[0, channel])
-        return planes
+        return preprocess(Frame.rgb(image_rgb), self._tensor)[None]
 
     def __call__(self, image_rgb: NDArray[np.uint8], *, stop: Stop | None = None) -> ImageEmbedding:
         """Encodes one picture, uint8 [H, W, 3] RGB.

@@ -15,6 +15,7 @@ from kernel_builds import NEEDS_COMPILER
 
 from benchmarks.answer_mutants import mutants
 from benchmarks.kernel_fuzz import seeds
+from benchmarks.kernel_registers import SOURCES
 from segzero_rt.answer_format import SEG_ZERO, VISION_REASONER
 from segzero_rt.answer_parser import MODES
 from segzero_rt.kernels.backend import resolve_kernels
@@ -87,14 +88,16 @@ def test_replies(tmp_path: Path) -> None:
         assert line == _expected(record), record
 
 
-def test_masks(tmp_path: Path) -> None:
-    program = _program("postprocess_masks_fuzz.cpp", tmp_path)
-    run = subprocess.run([program, "3000", "1"], capture_output=True, text=True, timeout=300, check=False)
+@pytest.mark.parametrize(("source", "jobs"), [("postprocess_masks_fuzz.cpp", 3000), ("preprocess_fuzz.cpp", 3000)])
+def test_random_jobs(source: str, jobs: int, tmp_path: Path) -> None:
+    """Masks; frames, and there the device's kernels as well, compiled by g++."""
+    program = _program(source, tmp_path)
+    run = subprocess.run([program, str(jobs), "1"], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", ["parse_prompts.cu", "postprocess_masks.cu"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_nvcc_takes_the_same_source(source: str, tmp_path: Path) -> None:
     """Front end to PTX for the oldest and the newest device, warnings as errors. Running them needs a GPU."""
     for architecture in ("compute_80", "compute_120"):

@@ -24,8 +24,9 @@ from export import segmenter_encoder  # noqa: E402 - needs torch's absence to sk
 from export.gate_segmenter import EXACT, gate_pixels, gate_segmenter  # noqa: E402
 from export.onnx_weights import store_weights_fp16  # noqa: E402
 from export.segmenter import IR_VERSION, OPSET, export_segmenter  # noqa: E402
-from export.segmenter_encoder import build_image_encoder, window_slots  # noqa: E402
+from export.segmenter_encoder import build_image_encoder  # noqa: E402
 from export.segmenter_specs import SegmenterFiles, segmenter_specs  # noqa: E402
+from export.segmenter_windows import window_slots  # noqa: E402
 
 NOTHING = -1
 
@@ -118,6 +119,57 @@ def test_head_by_head_is_as_all_heads_at_once(
     ours = Graph.load(tmp_path / "encoder.onnx", spec, backend="cpu").run({"pixel_values": pixels})
     want = model.get_image_embeddings(torch.from_numpy(pixels))[-1].numpy()
     np.testing.assert_allclose(ours["image_embeddings"], want, atol=1e-5 * want.std())
+
+
+PARTS = [("as a whole", 1 << 40, 1), ("stages 1 and 2 in four", 40 << 10, 4), ("too many parts", 1 << 10, 1)]
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize(("name", "piece_bytes", "parts"), PARTS, ids=[name for name, *_ in PARTS])
+def test_the_first_blocks_in_parts_are_as_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, piece_bytes: int, parts: int, storage: str
+) -> None:
+    from training.segmenter_model import SegmenterSize, build_segmenter
+
+    torch.manual_seed(0)
+    widths = {"stage_dims": (16, 64, 64, 96), "stage_blocks": (1, 2, 2, 1), "stage_heads": (1, 2, 2, 2)}
+    windows = {"side": 96, "stage_windows": (8, 4, 6, 3), "global_blocks": (4,)}
+    model = build_segmenter(SegmenterSize(**widths, decoder_dim=64, **windows)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr(segmenter_encoder, "PIECE_BYTES", piece_bytes)
+    spec = segmenter_specs(model).encoder
+    build_image_encoder(model, spec, flavour="ort", storage=storage).save(tmp_path / "encoder.onnx")
+    graph = onnx.load(tmp_path / "encoder.onnx").graph
+    norms = [node.input[1] for node in graph.node if node.op_type == "LayerNormalization"]
+    assert [norms.count(f"blocks.{block}/norm1.weight") for block in range(4)] == [parts, parts, parts, 1]
+    names = [tensor.name for tensor in graph.initializer]
+    assert len(names) == len(set(names)), "parts share their weights"
+    pixels = noise(1, 2, 3, *spec.inputs[0].shape[2:])
+    ours = Graph.load(tmp_path / "encoder.onnx", spec, backend="cpu").run({"pixel_values": pixels})
+    for output, theirs in zip(
+        ("high_res_features_0", "high_res_features_1", "image_embeddings"),
+        model.get_image_embeddings(torch.from_numpy(pixels)),
+        strict=True,
+    ):
+        error = np.linalg.norm(ours[output] - theirs.numpy()) / np.linalg.norm(theirs.numpy())
+        assert error < (1e-5 if storage == "float32" else 0.05), output
+
+
+FOLDS = [
+    ("one head as wide as the input", {"width": 48, "head_dim": 48, "out_width": 48, "queries": 64}, (True, True)),
+    ("pooled, two heads", {"width": 48, "head_dim": 48, "out_width": 96, "queries": 16}, (True, True)),
+    ("two heads, not pooled", {"width": 96, "head_dim": 48, "out_width": 96, "queries": 64}, (False, False)),
+    ("many narrow heads", {"width": 192, "head_dim": 32, "out_width": 256, "queries": 16}, (False, False)),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "folds"), FOLDS, ids=[name for name, *_ in FOLDS])
+def test_keys_and_values_are_folded_where_that_takes_fewer_products(
+    name: str, sizes: dict[str, int], folds: tuple[bool, bool]
+) -> None:
+    chosen = segmenter_encoder.Folds.of_fewest_products(slots=64, **sizes)
+    assert (chosen.keys, chosen.values) == folds
 
 
 def test_windows_cover_the_map_once_and_pool_on_an_axis() -> None:
@@ -222,7 +274,8 @@ def torch_answer(exported: Exported, image_rgb: np.ndarray, prompt: Prompt) -> t
     """One prompt through `Sam2Model`: the best scored of the three masks."""
     side = exported.manifest.input_size_hw[0]
     scale_xy = np.array([side / image_rgb.shape[1], side / image_rgb.shape[0]])
-    resized = np.asarray(Image.fromarray(image_rgb).resize((side, side), Image.Resampling.BILINEAR), np.float32)
+    narrowed = Image.fromarray(image_rgb).resize((side, image_rgb.shape[0]), Image.Resampling.BILINEAR)  # rows first
+    resized = np.asarray(narrowed.resize((side, side), Image.Resampling.BILINEAR), np.float32)
     pixels = (resized / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     inputs: dict[str, Any] = {"pixel_values": torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()}
     inputs["input_boxes"] = torch.tensor(np.reshape(prompt.box_xyxy, (2, 2)) * scale_xy).float().reshape(1, 1, 4)

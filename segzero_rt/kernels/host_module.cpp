@@ -10,6 +10,7 @@
 
 #include "parse_prompts.cu"
 #include "postprocess_masks.cu"
+#include "preprocess.cu"
 
 namespace segzero {
 namespace {
