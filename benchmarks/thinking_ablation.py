@@ -153,12 +153,12 @@ def ablate(samples: Sequence[Sample], subject: Subject, *, seed: int) -> dict[st
         gIoU per condition (overall with its interval, by kind), and the shares of swapped answers that follow or stay.
     """
     rng = np.random.default_rng(seed)
-    normal = [subject.ask(sample, "") for sample in _told(samples, "normal")]
+    normal = [subject.ask(sample, "") for sample in told(samples, "normal")]
     records: dict[str, list[Record]] = {name: [] for name in CONDITIONS[:3]}
     outcomes: dict[str, list[SwapOutcome]] = {}
     num_written = 0
     donors = shuffled_donors(samples, rng)
-    for index, sample in enumerate(_told(samples, "forced")):
+    for index, sample in enumerate(told(samples, "forced")):
         thinking = normal[donors[index]].answer.thinking
         for name, result in (
             ("normal", normal[index]),
@@ -174,7 +174,7 @@ def ablate(samples: Sequence[Sample], subject: Subject, *, seed: int) -> dict[st
         outcomes.setdefault(sample.kind, []).append(outcome)
     everything = [outcome for kind in outcomes.values() for outcome in kind]
     return {
-        "giou": {name: _giou(rows) for name, rows in records.items()},
+        "giou": {name: giou_by_kind(rows) for name, rows in records.items()},
         "swapped": {
             **_shares(everything),
             "written": num_written,
@@ -271,7 +271,7 @@ def _iou(one_xyxy: NDArray[np.float32], other_xyxy: NDArray[np.float32]) -> floa
     return float(box_ious(one_xyxy[None], other_xyxy[None])[0, 0])
 
 
-def _giou(records: Sequence[Record]) -> dict[str, Any]:
+def giou_by_kind(records: Sequence[Record]) -> dict[str, Any]:
     low, high = giou_interval(records)
     return {
         "giou": float(np.mean([record.iou for record in records])),
@@ -295,7 +295,7 @@ def _shares(outcomes: Sequence[SwapOutcome]) -> dict[str, Any]:
     }
 
 
-def _told(samples: Sequence[Sample], what: str) -> Sequence[Sample]:
+def told(samples: Sequence[Sample], what: str) -> Sequence[Sample]:
     print(f"{what}: {len(samples)} questions", file=sys.stderr)
     return samples
 

@@ -17,6 +17,7 @@ from benchmarks.thinking_ablation import (
     shuffled_donors,
     swap_last_object,
 )
+from benchmarks.thinking_brevity import RULES, shorten
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.dataset import LabeledObject, Sample
 from segzero_rt.segmentation import Segmentation
@@ -201,3 +202,33 @@ def test_a_forced_reply_goes_on_as_transformers_does(tmp_path: Path) -> None:
     ends = policy.manifest.eos_token_ids
     assert list(given.token_ids[len(started) :]) == [token for token in expected if token not in ends]
     assert len(given.token_ids) > len(started)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("as it is", "There is a red mug at the upper left. Right of it is a fork in the centre."),
+        ("without 'There is a'", "red mug at the upper left. Right of it is a fork in the centre."),
+        ("without 'at the'", "There is a red mug upper left. Right of it is a fork centre."),
+        ("without both", "red mug upper left. Right of it is a fork centre."),
+        ("without places", "There is a red mug. Right of it is a fork."),
+    ],
+)
+def test_rules_leave_out_what_they_say(rule: str, expected: str) -> None:
+    assert RULES[rule]("There is a red mug at the upper left. Right of it is a fork in the centre.") == expected
+    assert RULES[rule]("") == ""
+
+
+def test_what_a_shorter_thinking_costs_is_measured() -> None:
+    """A policy that answers what it names with its place needs the places and can do without the opening words."""
+
+    class Naming(Obedient):
+        def ask(self, asked: Sample, reply_start: str) -> Segmentation:
+            thinking = reply_start.removeprefix("<think>").removesuffix("</think>\n<answer>").strip()
+            named = next((one for one in SCENE if f"{one.name} {one.place}" in thinking), None)
+            return answer(named, thinking) if reply_start else super().ask(asked, "")
+
+    found = shorten(QUESTIONS, Naming())
+    assert [found[rule]["giou"] for rule in RULES] == [1.0, 1.0, 0.25, 0.25, 0.25]
+    marks = [found[rule]["marks"] for rule in RULES]
+    assert marks[0] > max(marks[1:]) and marks[3] < min(marks[1:3])
