@@ -9,7 +9,9 @@ Departures from SAM 2's training code:
    best scored of the three: three readings of one box would make that a lottery.)
 4. The focal term weighs inside and outside alike. SAM's alpha of 0.25 pulls unsure pixels out of the mask, and with so
    short a training large things came out empty.
-5. A read-out of the finest features, thrown away after training, is asked where things end and what is a thing at all.
+5. Dice weighs more: it asks for the best overlap, where pixel-wise terms leave out what they are unsure of. Real photos
+   came out too small: above -0.5 instead of 0 their IoU was 0.04 higher.
+6. A read-out of the finest features, thrown away after training, is asked where things end and what is a thing at all.
    That teaches the image encoder from every pixel, long before the prompts reach it.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from .segmenter_model import Predictions
 
-FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, READOUT_WEIGHT = 20.0, 1.0, 1.0, 1.0, 0.2, 1.0
+FOCAL_WEIGHT, DICE_WEIGHT, NEAR_WEIGHT, IOU_WEIGHT, OBJECT_WEIGHT, READOUT_WEIGHT = 20.0, 3.0, 1.0, 1.0, 0.2, 1.0
 FOCAL_GAMMA = 2.0
 EDGE_WEIGHT = 1.0
 """What a pixel at the truth's edge weighs in the neighbourhood, on top of 1: most of what was still lost was there."""
