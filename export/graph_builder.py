@@ -86,6 +86,9 @@ class GraphBuilder:
         self._initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._quantized: dict[str, list[str]] = {}
+        self._made: dict[str, str] = {}
+        """What weights of a name in the file are called in the graph."""
+        self._same_weights = False
 
     @property
     def lossless(self) -> bool:
@@ -98,6 +101,13 @@ class GraphBuilder:
         self._path.append(name)
         yield
         self._path.pop()
+
+    @contextmanager
+    def same_weights(self, same: bool = True) -> Iterator[None]:
+        """Weights that are made inside under names that were made before are those, and not stored twice."""
+        before, self._same_weights = self._same_weights, same
+        yield
+        self._same_weights = before
 
     def node(
         self, op: str, inputs: Sequence[str], *, output: str | None = None, domain: str = "", **attributes: Any
@@ -145,10 +155,13 @@ class GraphBuilder:
         stored, dtype = stored or float_storage(self.storage), dtype or self.computed
         path = "/".join([*self._path, name])
         file_name = path if stored == dtype else f"{path}:{stored}"
+        if self._same_weights and file_name in self._made:
+            return self._made[file_name]
         weight = values if isinstance(values, Weight) else Weight.of(values)
         encoding = FloatEncoding(path, weight, name=file_name, dtype=stored, transposed=transposed)
         self._initializers.extend(self.store.add(encoding))
-        return path if stored == dtype else self.cast(file_name, dtype, path)
+        self._made[file_name] = path if stored == dtype else self.cast(file_name, dtype, path)
+        return self._made[file_name]
 
     def external_weight(self, name: str, shape: tuple[int, int], location: str) -> str:
         """A weight whose bytes are the whole of the file `location` beside the graph, in the storage precision."""
@@ -211,7 +224,9 @@ class GraphBuilder:
         """
         path = "/".join([*self._path, name])
         encoding = Int8Encoding(path, weight, name=f"{path}.weight:int8", scale_name=f"{path}.scale")
-        self._initializers.extend(self.store.add(encoding))
+        if not self._same_weights or f"{path}.weight:int8" not in self._made:
+            self._initializers.extend(self.store.add(encoding))
+            self._made[f"{path}.weight:int8"] = f"{path}.weight:int8"
         if x not in self._quantized:
             parts = [self._fresh(f"{name}.input:{part}") for part in ("uint8", "scale", "zero")]
             self._quantized[x] = self.nodes("DynamicQuantizeLinear", [x], parts)
@@ -292,11 +307,21 @@ class GraphBuilder:
         return self.narrowed(self.node("LayerNormalization", [x, *parts], axis=-1, epsilon=epsilon))
 
     def add_layer_norm(
-        self, x: str, residual: str, name: str, weight: Weight, epsilon: float, *, norm_bias: Weight, bias: Weight
+        self,
+        x: str,
+        residual: str,
+        name: str,
+        weight: Weight,
+        epsilon: float,
+        *,
+        norm_bias: Weight,
+        bias: Weight | None = None,
     ) -> tuple[str, str]:
         """Returns (norm of `x + bias + residual`, that sum); the residual and the sum are float32."""
-        added = self.weight(f"{name}.added_bias", bias, dtype="float32")
-        total = self.node("Add", [self.node("Add", [self.widened(x), added]), residual])
+        x = self.widened(x)
+        if bias is not None:
+            x = self.node("Add", [x, self.weight(f"{name}.added_bias", bias, dtype="float32")])
+        total = self.node("Add", [x, residual])
         return self.layer_norm(total, name, weight, norm_bias, epsilon), total
 
     def silu(self, x: str) -> str:

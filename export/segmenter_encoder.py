@@ -11,12 +11,15 @@ Where this departs from transformers' `Sam2VisionModel` (same numbers, other ari
    values is added to every token alike: it is added behind the projection;
 3. 1 x 1 convolutions are products; two in a row (pyramid, then the mask decoder's own) are one;
 4. positions depend on the input's size alone, which is fixed in the graph: they are worked out at export;
-5. in small windows, flavour "ort" attends head by head, each from projections of its own (see `SMALL_WINDOW`);
-6. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
+5. in small windows, flavour "ort" attends head by head, each from projections of its own (see `SMALL_WINDOW`), or
+   from none, where a product nearby takes its weight in (see `Folds`);
+6. flavour "ort" goes through the first blocks in parts that fit into a cache (see `PIECE_BYTES`);
+7. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,14 +30,27 @@ from torch import nn
 from transformers import Sam2Model
 from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleBlock
 
-from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec
 
 from .edgetam import RepVit
 from .edgetam_graph import add_repvit
 from .graph_builder import GraphBuilder
+from .segmenter_windows import (
+    Indices,
+    Tokens,
+    empty_windows,
+    fill_windows,
+    gather_rows,
+    inverse,
+    join,
+    reordered,
+    window_slots,
+)
 
-Indices = NDArray[np.int64]
+PIECE_BYTES, MOST_PIECES = 2 << 20, 16
+"""The first blocks work window by window. While their hidden layers take more bytes than that, they are gone through
+part by part, so that what a node writes is in the cache still when the next one reads it. Each part has nodes of its
+own, which take time to load: a map that would be more parts than that is taken as a whole."""
 
 SMALL_WINDOW, FEW_HEADS = 64, 4
 """Windows of up to so many tokens, and so many heads, are attended head by head: ONNX Runtime's fused attention moves
@@ -59,49 +75,62 @@ def build_image_encoder(model: Sam2Model, spec: GraphSpec, *, flavour: str, stor
     return builder
 
 
-def _hiera(builder: GraphBuilder, model: Sam2Model) -> list[_Tokens]:
+def _hiera(builder: GraphBuilder, model: Sam2Model) -> list[_Stage]:
     """The ends of Hiera's stages."""
     backbone = model.vision_encoder.backbone
-    tokens = _embed(builder, model)
-    stages: list[_Tokens] = []
+    parts = _embed(builder, model)
+    stages: list[_Stage] = []
     for index, block in enumerate(backbone.blocks):
-        with builder.scope(f"blocks.{index}"):
-            tokens = _Block(builder, block).add(tokens)
+        if not _fits_parts(block, parts):
+            parts = [join(builder, parts)]
+        for place, tokens in enumerate(parts):
+            with builder.scope(f"blocks.{index}"), builder.same_weights(place > 0):
+                parts[place] = _Block(builder, block).add(tokens)
         if index in backbone.stage_ends:
-            stages.append(tokens)
+            stages.append(tuple(parts))
     return stages
 
 
-def _repvit(builder: GraphBuilder, backbone: RepVit) -> list[_Tokens]:
+def _fits_parts(block: Sam2MultiScaleBlock, parts: Sequence[Tokens]) -> bool:
+    """Whether a block is large enough for parts, and each holds whole windows of it, in the order that it wants."""
+    size_hw = parts[0].size_hw
+    windows = window_slots(size_hw, _window_hw(block, size_hw), _stride(block))
+    if _hidden_bytes(block, windows.size // _stride(block) ** 2) <= PIECE_BYTES:
+        return False
+    whole = all(tokens.count % windows.shape[1] == 0 for tokens in parts)
+    return whole and np.array_equal(windows.reshape(-1), np.concatenate([tokens.order for tokens in parts]))
+
+
+def _hidden_bytes(block: Sam2MultiScaleBlock, rows: int) -> int:
+    return 4 * rows * int(block.mlp.proj_in.out_features)
+
+
+def _piece_count(windows: int, hidden_bytes: int) -> int:
+    """In how many equal parts of whole windows to go through the first blocks, see `PIECE_BYTES`; 1 where many."""
+    fits = (count for count in range(1, windows + 1) if windows % count == 0 and hidden_bytes <= count * PIECE_BYTES)
+    count = next(fits, 1)
+    return count if count <= MOST_PIECES else 1
+
+
+def _repvit(builder: GraphBuilder, backbone: RepVit) -> list[_Stage]:
     """The ends of RepViT's stages, whose maps stand row by row."""
     _, _, height, width = builder.spec.inputs[0].shape
     assert isinstance(height, int) and isinstance(width, int), "the exporter knows every size"
-    stages: list[_Tokens] = []
+    stages: list[_Stage] = []
     for level, (planes, channels) in enumerate(zip(add_repvit(builder, backbone), backbone.widths, strict=True)):
         size_hw = (height // (4 << level), width // (4 << level))
         rows = builder.node("Transpose", [builder.reshape(planes, [0, channels, -1])], perm=[0, 2, 1])
         name = builder.reshape(rows, [-1, channels])
-        stages.append(_Tokens(name=name, order=np.arange(size_hw[0] * size_hw[1]), size_hw=size_hw, width=channels))
+        order = np.arange(size_hw[0] * size_hw[1])
+        stages.append((Tokens(name=name, order=order, size_hw=size_hw, width=channels),))
     return stages
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Tokens:
-    """A map of features as rows of a matrix, [batch * height * width, channels]."""
-
-    name: str
-    order: Indices
-    """Row i of a picture is this place of its map, counted row by row."""
-    size_hw: tuple[int, int]
-    width: int
-    """Channels."""
-
-    @property
-    def count(self) -> int:
-        return self.size_hw[0] * self.size_hw[1]
+_Stage = tuple[Tokens, ...]
+"""A whole map, in parts."""
 
 
-def _embed(builder: GraphBuilder, model: Sam2Model) -> _Tokens:
+def _embed(builder: GraphBuilder, model: Sam2Model) -> list[Tokens]:
     """Patches by convolution, and positions; tokens already in the order that the first block wants."""
     backbone = model.vision_encoder.backbone
     convolution = backbone.patch_embed.projection
@@ -115,12 +144,52 @@ def _embed(builder: GraphBuilder, model: Sam2Model) -> _Tokens:
     planes = builder.node("Conv", inputs, strides=[*convolution.stride], pads=pads)
     rows = builder.node("Transpose", [builder.reshape(planes, [0, channels, -1])], perm=[0, 2, 1])
     first = backbone.blocks[0]
-    order = window_slots(size_hw, _window_hw(first, size_hw), _stride(first)).reshape(-1)
+    windows = window_slots(size_hw, _window_hw(first, size_hw), _stride(first))
+    hidden_bytes = _hidden_bytes(first, windows.size // _stride(first) ** 2)
+    count = _piece_count(len(windows), hidden_bytes) if builder.fused else 1
+    order = windows.reshape(-1)
     order = order if (order >= 0).all() else np.arange(size_hw[0] * size_hw[1])
-    rows = _gather(builder, rows, order)
     added = positions.reshape(-1, channels)[order] + _array(convolution.bias)
-    rows = builder.reshape(builder.node("Add", [rows, builder.weight("positions", added)]), [-1, channels])
-    return _Tokens(name=rows, order=order, size_hw=size_hw, width=channels)
+    parts = []
+    for part, (places, shifts) in enumerate(zip(np.split(order, count), np.split(added, count), strict=True)):
+        shift = builder.weight("positions" if count == 1 else f"positions.{part}", shifts)
+        placed = builder.node("Add", [gather_rows(builder, rows, places), shift])
+        name = builder.reshape(placed, [-1, channels])
+        parts.append(Tokens(name=name, order=places, size_hw=size_hw, width=channels))
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folds:
+    """Which products of attention's input are not made, since a product nearby can take their weight in.
+
+    Scores are `query (Wk y)`, which is `(Wk' query) y`; what is mixed is `shares (y Wv')`, which is `(shares y) Wv'`.
+    That pays where there are fewer queries than keys, and where a head is as wide as the input.
+    """
+
+    keys: bool = False
+    values: bool = False
+
+    @classmethod
+    def of_fewest_products(cls, *, width: int, head_dim: int, out_width: int, slots: int, queries: int) -> Folds:
+        """By the multiplications of one head in one window.
+
+        Args:
+            width: of the input; `out_width`: of the projection behind attention.
+            slots: rows of a window; `queries`: those left after pooling.
+        """
+        keys = slots * width * head_dim + queries * slots * head_dim
+        folded_keys = queries * slots * width
+        if queries == slots:  # the two weights before a query become one
+            keys, folded_keys = keys + slots * width * head_dim, folded_keys + slots * width * width
+        else:
+            folded_keys += queries * head_dim * width
+        values = slots * width * head_dim + queries * slots * head_dim + queries * head_dim * out_width
+        folded_values = queries * slots * width + queries * width * out_width
+        return cls(keys=folded_keys < keys, values=folded_values < values)
+
+
+NO_FOLDS = Folds()
 
 
 class _Block:
@@ -130,70 +199,126 @@ class _Block:
         self._builder = builder
         self._block = block
         self._heads = int(block.attn.num_attention_heads)
+        self._head_dim = int(block.dim_out) // self._heads
         self._stride = _stride(block)
 
-    def add(self, tokens: _Tokens) -> _Tokens:
+    def add(self, tokens: Tokens) -> Tokens:
         """Adds the block's nodes. Its output stands window by window where windows fit into the map."""
         builder, block = self._builder, self._block
         windows = window_slots(tokens.size_hw, _window_hw(block, tokens.size_hw), self._stride)
+        windows = windows[np.isin(windows[:, 0], tokens.order)]
         padded = bool((windows < 0).any())
         # What is pooled together must stand together: in each window, or in the map as a whole.
         groups = window_slots(tokens.size_hw, tokens.size_hw, self._stride) if padded else windows
         if self._stride > 1 or (not padded and len(windows) > 1):
-            tokens = _reordered(builder, tokens, groups.reshape(-1))
+            tokens = reordered(builder, tokens, groups.reshape(-1))
         normed = _norm(builder, tokens.name, "norm1", block.layer_norm1)
+        slots = windows.shape[1]
         if padded:
-            filled = _fill_windows(builder, replace(tokens, name=normed), windows)
-            mixed = self._attend(filled, windows.shape[1])
-            after = replace(self._after(tokens, groups), name=mixed, width=block.dim_out)
-            mixed = _empty_windows(builder, after, self._pool_places(windows, tokens))
+            filled = fill_windows(builder, replace(tokens, name=normed), windows)
+            mixed, width = self._attend(filled, slots)
+            after = replace(self._after(tokens, groups), name=mixed, width=width)
+            mixed = empty_windows(builder, after, self._pool_places(windows, tokens))
         else:
-            mixed = self._attend(normed, windows.shape[1])
-        weight, bias = _linear(block.attn.proj)
-        values_bias = _linear(block.attn.qkv)[1][2 * block.dim_out :]
-        mixed = builder.linear(mixed, "proj", weight, bias + weight @ values_bias, flat=True)
-        residual = tokens.name
+            mixed, _ = self._attend(normed, slots)
+        residual, widened_bias = tokens.name, 0.0
         if block.dim != block.dim_out:
-            residual = self._pool(
-                builder.linear(normed, "widen", *_linear(block.proj), flat=True), groups.shape[1], block.dim_out
-            )
+            weight, widened_bias = _linear(block.proj)  # a maximum does not mind when the bias is added
+            residual = self._pool(builder.linear(normed, "widen", weight, flat=True), groups.shape[1], block.dim_out)
+        weight, bias = self._projection(slots)
+        mixed = builder.linear(mixed, "proj", weight, bias + widened_bias, flat=True)
         residual = builder.node("Add", [residual, mixed])
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
         hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True)
         return replace(self._after(tokens, groups), name=builder.node("Add", [residual, hidden]), width=block.dim_out)
 
-    def _attend(self, normed: str, slots: int) -> str:
-        """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection."""
-        builder, width = self._builder, self._block.dim_out
-        head_dim = width // self._heads
-        if not builder.fused or slots > SMALL_WINDOW or self._heads > FEW_HEADS:
-            parts = self._query_key_value(normed, slots, slice(0, width))
-            mixed = builder.attention(*parts, num_heads=self._heads, head_dim=head_dim)
-            return builder.reshape(mixed, [-1, width])
-        heads = []
+    def _attend(self, normed: str, slots: int) -> tuple[str, int]:
+        """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection.
+
+        Returns:
+            them, and how wide they are.
+        """
+        builder = self._builder
+        if not self._head_by_head(slots):
+            width = int(self._block.dim_out)
+            parts = (self._queries(normed, slots, slice(0, width)), *self._keys_values(normed, slots, slice(0, width)))
+            mixed = builder.attention(*parts, num_heads=self._heads, head_dim=self._head_dim)
+            return builder.reshape(mixed, [-1, width]), width
+        folds, heads = self._folds(slots), []
+        width = int(self._block.dim) if folds.values else self._head_dim
         for head in range(self._heads):
             with builder.scope(f"head.{head}"):
-                columns = slice(head * head_dim, (head + 1) * head_dim)
-                mixed = _attend_one_head(builder, *self._query_key_value(normed, slots, columns), head_dim)
-                heads.append(builder.reshape(mixed, [-1, head_dim]))
-        return heads[0] if len(heads) == 1 else builder.node("Concat", heads, axis=-1)
+                columns = slice(head * self._head_dim, (head + 1) * self._head_dim)
+                query = (
+                    self._folded_queries(normed, slots, columns)
+                    if folds.keys
+                    else self._queries(normed, slots, columns)
+                )
+                key, value = self._keys_values(normed, slots, columns, folds)
+                mixed = _attend_one_head(builder, query, key, value, self._head_dim)
+                heads.append(builder.reshape(mixed, [-1, width]))
+        mixed = heads[0] if len(heads) == 1 else builder.node("Concat", heads, axis=-1)
+        return mixed, self._heads * width
 
-    def _query_key_value(self, normed: str, slots: int, columns: slice) -> tuple[str, str, str]:
-        """Some columns of each, [batch * windows, slots, columns]; fewer slots for queries where they are pooled."""
-        builder, width = self._builder, self._block.dim_out
-        weights, bias = _linear(self._block.attn.qkv)
-        weight = weights.reshape(3, width, -1)[:, columns]
-        query_bias = bias[columns]
-        pools, out = self._stride > 1, len(query_bias)
-        query = builder.linear(normed, "query", weight[0], None if pools else query_bias, flat=True)
-        key, value = (
-            builder.reshape(builder.linear(normed, part, weight[i]), [-1, slots, out])
-            for i, part in ((1, "key"), (2, "value"))
+    def _head_by_head(self, slots: int) -> bool:
+        return self._builder.fused and slots <= SMALL_WINDOW and self._heads <= FEW_HEADS
+
+    def _folds(self, slots: int) -> Folds:
+        return Folds.of_fewest_products(
+            width=int(self._block.dim),
+            head_dim=self._head_dim,
+            out_width=int(self._block.dim_out),
+            slots=slots,
+            queries=slots // self._stride**2,
         )
-        if pools:  # a maximum does not mind when the bias is added, and there are fewer to add it to
-            query = builder.node("Add", [self._pool(query, slots, out), builder.weight("query.bias", query_bias)])
-        return builder.reshape(query, [-1, slots // self._stride**2, out]), key, value
+
+    def _projection(self, slots: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Weight and bias of the product behind attention, with the values' bias, and their weight where folded."""
+        weight, bias = _linear(self._block.attn.proj)
+        out = int(self._block.dim_out)
+        weights, biases = _linear(self._block.attn.qkv)
+        bias = bias + weight @ biases[2 * out :]
+        if not self._head_by_head(slots) or not self._folds(slots).values:
+            return weight, bias
+        per_head = zip(np.split(weight, self._heads, axis=1), np.split(weights[2 * out :], self._heads), strict=True)
+        return np.concatenate([_product(one, values) for one, values in per_head], axis=1), bias
+
+    def _queries(self, normed: str, slots: int, columns: slice) -> str:
+        """Some columns of the queries, [batch * windows, slots, columns]; fewer slots where they are pooled."""
+        builder = self._builder
+        weights, biases = _linear(self._block.attn.qkv)
+        weight, bias = weights[columns], biases[columns]
+        query = builder.linear(normed, "query", weight, None if self._stride > 1 else bias, flat=True)
+        if self._stride > 1:  # a maximum does not mind when the bias is added, and there are fewer to add it to
+            query = builder.node("Add", [self._pool(query, slots, len(bias)), builder.weight("query.bias", bias)])
+        return builder.reshape(query, [-1, slots // self._stride**2, len(bias)])
+
+    def _folded_queries(self, normed: str, slots: int, columns: slice) -> str:
+        """Queries of one head that are compared with `normed` itself: `(Wq x + b) Wk y = (Wk' Wq x + Wk' b) y`."""
+        builder = self._builder
+        weights, biases = _linear(self._block.attn.qkv)
+        weight, bias = weights[columns], biases[columns]
+        keys = weights[int(self._block.dim_out) :][columns].T  # [in, head_dim]
+        rows = normed
+        if self._stride > 1:
+            rows = self._pool(builder.linear(normed, "query", weight, flat=True), slots, len(bias))
+        weight = keys if self._stride > 1 else _product(keys, weight)
+        query = builder.linear(rows, "query.key", weight, keys @ bias, flat=True)
+        return builder.reshape(query, [-1, slots // self._stride**2, len(keys)])
+
+    def _keys_values(self, normed: str, slots: int, columns: slice, folds: Folds = NO_FOLDS) -> tuple[str, str]:
+        """Some columns of keys and values, [batch * windows, slots, columns]; what is folded is `normed` itself."""
+        builder, width = self._builder, int(self._block.dim_out)
+        weights = _linear(self._block.attn.qkv)[0].reshape(3, width, -1)[:, columns]
+        plain = builder.reshape(normed, [-1, slots, int(self._block.dim)]) if folds.keys or folds.values else ""
+        key, value = (
+            plain
+            if folded
+            else builder.reshape(builder.linear(normed, part, weights[i]), [-1, slots, weights.shape[1]])
+            for i, part, folded in ((1, "key", folds.keys), (2, "value", folds.values))
+        )
+        return key, value
 
     def _pool(self, rows: str, slots: int, width: int) -> str:
         """The largest of each neighbourhood: [groups * slots, width] to [groups * slots / stride^2, width]."""
@@ -204,14 +329,14 @@ class _Block:
         pooled = builder.node("ReduceMax", [windows], axes=[1], keepdims=0)
         return builder.reshape(pooled, [-1, width])
 
-    def _after(self, tokens: _Tokens, groups: Indices) -> _Tokens:
+    def _after(self, tokens: Tokens, groups: Indices) -> Tokens:
         """Size and order of the block's output; the name is the input's still."""
         if self._stride == 1:
             return tokens
         size_hw = (tokens.size_hw[0] // self._stride, tokens.size_hw[1] // self._stride)
         return replace(tokens, order=self._pool_places(groups, tokens).reshape(-1), size_hw=size_hw)
 
-    def _pool_places(self, slots: Indices, tokens: _Tokens) -> Indices:
+    def _pool_places(self, slots: Indices, tokens: Tokens) -> Indices:
         """[groups, slots] of places to [groups, slots / stride^2] of places in the pooled map; -1 stays."""
         first = slots.reshape(len(slots), self._stride**2, -1)[:, 0]
         rows, columns = np.divmod(first, tokens.size_hw[1])
@@ -229,9 +354,10 @@ def _attend_one_head(builder: GraphBuilder, query: str, key: str, value: str, he
 class _Pyramid:
     """The neck and the mask decoder's own convolutions: stage ends to maps, coarsest first."""
 
-    def __init__(self, builder: GraphBuilder, model: Sam2Model, stages: list[_Tokens]) -> None:
+    def __init__(self, builder: GraphBuilder, model: Sam2Model, stages: list[_Stage]) -> None:
         self._builder = builder
-        self._stages = stages
+        self._parts = stages
+        self._stages = [replace(parts[0], order=np.concatenate([part.order for part in parts])) for parts in stages]
         neck = model.vision_encoder.neck
         self._laterals = [_linear(convolution) for convolution in reversed(neck.convs)]
         self._top_down = set(neck.fpn_top_down_levels) - {len(stages) - 1}
@@ -249,7 +375,7 @@ class _Pyramid:
             else:
                 lateral, lateral_bias = self._laterals[index]
                 merged = (weight @ lateral, bias + weight @ lateral_bias)
-                level = self._builder.linear(self._stages[index].name, f"level.{index}", *merged, flat=True)
+                level = self._linear(index, f"level.{index}", *merged)
             self._output(level, index, name)
 
     def _level(self, index: int, added: NDArray[np.float32] | float) -> str:
@@ -257,15 +383,24 @@ class _Pyramid:
         builder, stage = self._builder, self._stages[index]
         weight, bias = self._laterals[index]
         with builder.scope(f"level.{index}"):
-            level = builder.linear(stage.name, "lateral", weight, bias + added, flat=True)
+            level = self._linear(index, "lateral", weight, bias + added)
             if index not in self._top_down:
                 return level
             coarse = self._stages[index + 1]
             rows, columns = np.divmod(stage.order, stage.size_hw[1])
-            parents = _inverse(coarse.order)[rows // 2 * coarse.size_hw[1] + columns // 2]
+            parents = inverse(coarse.order)[rows // 2 * coarse.size_hw[1] + columns // 2]
             above = builder.reshape(self._level(index + 1, 0.0), [-1, coarse.count, len(bias)])
-            above = _gather(builder, above, parents)
+            above = gather_rows(builder, above, parents)
             return builder.node("Add", [level, builder.reshape(above, [-1, len(bias)])])
+
+    def _linear(self, index: int, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> str:
+        """Of a stage, part by part, since its rows are wider than what comes out."""
+        parts = []
+        for place, tokens in enumerate(self._parts[index]):
+            with self._builder.same_weights(place > 0):
+                rows = self._builder.linear(tokens.name, name, weight, bias, flat=True)
+            parts.append(replace(tokens, name=rows, width=len(bias)))
+        return join(self._builder, parts).name
 
     def _output(self, level: str, index: int, name: str) -> None:
         """Rows to planes, [batch, channels, height, width]."""
@@ -273,76 +408,9 @@ class _Pyramid:
         width = builder.spec.tensor(name).shape[1]
         assert isinstance(width, int), "the exporter knows every width"
         rows = builder.reshape(level, [-1, stage.count, width])
-        rows = _gather(builder, rows, _inverse(stage.order))
+        rows = gather_rows(builder, rows, inverse(stage.order))
         planes = builder.node("Transpose", [rows], perm=[0, 2, 1])
         builder.node("Reshape", [planes, builder.constant([-1, width, *stage.size_hw])], output=name)
-
-
-def window_slots(size_hw: tuple[int, int], window_hw: tuple[int, int], stride: int) -> Indices:
-    """Which place of a map, counted row by row, stands in each slot of each window.
-
-    Args:
-        size_hw: of the map.
-        window_hw: of a window; those at the right and at the bottom may reach beyond the map.
-        stride: side of the neighbourhoods that are pooled. Slots are `[stride^2, slots / stride^2]`: the members of a
-            neighbourhood stand on the first axis; and so on inside, as far as halves go, for poolings to come.
-
-    Returns:
-        int64 [windows, slots]; -1 beyond the map.
-    """
-    inside = _pooling_order(window_hw, stride)  # [slots, 2]
-    rows, columns = (-(-length // side) for length, side in zip(size_hw, window_hw, strict=True))
-    corners = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 1, 2)
-    places = corners * np.array(window_hw) + inside  # [windows, slots, 2]
-    flat: Indices = places[..., 0] * size_hw[1] + places[..., 1]
-    return np.where((places < np.array(size_hw)).all(axis=-1), flat, -1)
-
-
-def _pooling_order(window_hw: tuple[int, int], stride: int) -> Indices:
-    """Rows and columns of a window's slots, [slots, 2]."""
-    step = stride if stride > 1 else 2
-    if any(length % step for length in window_hw):
-        if stride > 1:
-            raise ExportError(f"expected windows that {stride} x {stride} pooling divides, got {window_hw}")
-        return np.argwhere(np.ones(window_hw, np.bool_)).astype(np.int64)
-    members = np.argwhere(np.ones((step, step), np.bool_)).astype(np.int64)
-    inner = _pooling_order((window_hw[0] // step, window_hw[1] // step), 1)
-    return (inner[None] * step + members[:, None]).reshape(-1, 2)
-
-
-def _fill_windows(builder: GraphBuilder, tokens: _Tokens, windows: Indices) -> str:
-    """Rows to rows of padded windows; what lies beyond the map is zero."""
-    by_picture = builder.reshape(tokens.name, [-1, tokens.count, tokens.width])
-    by_picture = builder.node("Pad", [by_picture, builder.constant([0, 0, 0, 0, 1, 0])])  # one row of zeros behind
-    slots = np.where(windows < 0, tokens.count, _inverse(tokens.order)[windows]).reshape(-1)
-    return builder.reshape(_gather(builder, by_picture, slots), [-1, tokens.width])
-
-
-def _empty_windows(builder: GraphBuilder, tokens: _Tokens, windows: Indices) -> str:
-    """Undoes `_fill_windows`: from the rows of padded windows, named by `tokens`, to its order."""
-    inside = np.flatnonzero(windows.reshape(-1) >= 0)
-    place_to_slot = np.zeros(tokens.count, np.int64)
-    place_to_slot[windows.reshape(-1)[inside]] = inside
-    by_picture = builder.reshape(tokens.name, [-1, windows.size, tokens.width])
-    return builder.reshape(_gather(builder, by_picture, place_to_slot[tokens.order]), [-1, tokens.width])
-
-
-def _reordered(builder: GraphBuilder, tokens: _Tokens, order: Indices) -> _Tokens:
-    """The same rows in another order; nothing where they stand so already."""
-    if np.array_equal(tokens.order, order):
-        return tokens
-    by_picture = builder.reshape(tokens.name, [-1, tokens.count, tokens.width])
-    moved = _gather(builder, by_picture, _inverse(tokens.order)[order])
-    return replace(tokens, name=builder.reshape(moved, [-1, tokens.width]), order=order)
-
-
-def _gather(builder: GraphBuilder, by_picture: str, rows: Indices) -> str:
-    return builder.node("Gather", [by_picture, builder.constant(rows)], axis=1)
-
-
-def _inverse(order: Indices) -> Indices:
-    """Where each place stands."""
-    return np.argsort(order)
 
 
 def _norm(builder: GraphBuilder, x: str, name: str, norm: nn.LayerNorm) -> str:
@@ -363,6 +431,12 @@ def _linear(module: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weight [out, in] and bias of an `nn.Linear`, or of an `nn.Conv2d` of 1 x 1."""
     weight = _array(module.weight)
     return weight.reshape(weight.shape[:2]) if weight.ndim == 4 else weight, _array(module.bias)
+
+
+def _product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of two weights, summed in float64: rounded once."""
+    product: NDArray[np.float32] = (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
+    return product
 
 
 def _array(parameter: Any) -> NDArray[np.float32]:

@@ -66,10 +66,11 @@ def largest_activations(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]])
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     initializers = {tensor.name for tensor in model.graph.initializer}
-    names: dict[str, tuple[str, ...]] = {}
+    names: dict[str, set[str]] = {}  # several nodes may share a weight
     for node in model.graph.node:
         if node.op_type in _PRODUCTS:
-            names[product_name(node, initializers)] = tuple({*node.input, *node.output} - initializers - {""})
+            seen = {*node.input, *node.output} - initializers - {""}
+            names.setdefault(product_name(node, initializers), set()).update(seen)
     outputs = [output.name for output in probed.graph.output]
     probes: dict[str, list[str]] = {}
     for tensor in dict.fromkeys(tensor for tensors in names.values() for tensor in tensors):
