@@ -105,7 +105,7 @@ class GraphBuilder:
     @contextmanager
     def same_weights(self, same: bool = True) -> Iterator[None]:
         """Weights that are made inside under names that were made before are those, and not stored twice."""
-        before, self._same_weights = self._same_weights, same
+        before, self._same_weights = self._same_weights, self._same_weights or same
         yield
         self._same_weights = before
 

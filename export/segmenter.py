@@ -34,13 +34,14 @@ from .graph_builder import STORAGES, float_storage
 from .onnx_weights import store_weights_fp16
 from .precisions import ENCODER_COMPUTED
 from .segmenter_checkpoint import load_checkpoint
+from .segmenter_decoder import build_mask_decoder
 from .segmenter_encoder import build_image_encoder
-from .segmenter_graphs import MaskDecoderGraph, MaskPromptGraph
+from .segmenter_graphs import MaskPromptGraph
 from .segmenter_precision import check_range, in_16_bits, largest_activations, rounding_twin
 from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 OPSET, IR_VERSION = 18, 8
-"""Of the traced graphs: what ONNX Runtime 1.23 and TensorRT 10.3 both load."""
+"""Of the traced graph: what ONNX Runtime 1.23 and TensorRT 10.3 both load."""
 
 ENCODER_FILE, DECODER_FILE = "segmenter/image_encoder.onnx", "segmenter/mask_decoder.onnx"
 MASK_PROMPT_FILE = "segmenter/mask_prompt.onnx"
@@ -92,7 +93,7 @@ def export_segmenter(
         config: SAM 2's name of the size that a `.pt` must have; None recognises it.
         storage: "float16" (large weights rounded, arithmetic in float32), "float32", or "int8" (the encoder's products
             in int8, flavour "ort" alone; all else as "float16").
-        flavour: of the encoder: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
+        flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
         computed: what the encoder's products compute in: "float32", or "float16" or "bfloat16" for GPUs, whatever
             `storage` is; the decoder, which is small, stays in float32. See `segmenter_precision`.
         float32_products: products of the encoder that stay in float32 all the same, as the gate names them.
@@ -122,7 +123,7 @@ def export_segmenter(
     else:
         twin = _write_in_16_bits(model, files.encoder, pixels, flavour, computed, float32_products)
         gated, limits = replace(files, encoder=twin), HALVED[computed]
-    export_mask_decoder(model, files.decoder, storage=float_storage(storage))
+    export_mask_decoder(model, files.decoder, storage=float_storage(storage), flavour=flavour)
     if files.mask_prompt:
         export_mask_prompt(model, files.mask_prompt, storage=float_storage(storage))
     gate = gate_segmenter(model, gated, pixels=pixels, limits=limits, optimized=gated is files)
@@ -159,9 +160,10 @@ def _write_in_16_bits(
     return twin
 
 
-def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str) -> None:
+def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str, flavour: str = "ort") -> None:
     """Writes the decoder's graph: features and prompts to masks, for any number of pictures, objects and points."""
-    _write(MaskDecoderGraph(model), segmenter_specs(model).decoder, path, storage)
+    build_mask_decoder(model, segmenter_specs(model).decoder, flavour=flavour, storage=storage).save(path)
+    onnx.checker.check_model(str(path))
 
 
 def export_mask_prompt(model: Sam2Model, path: Path, *, storage: str) -> None:

@@ -76,7 +76,7 @@ def test_sam_2_1_tiny_at_its_true_size(library: Library, tmp_path: Path) -> None
     model = Sam2Model(Sam2Config()).eval()
     specs = segmenter_specs(model)
     build_image_encoder(model, specs.encoder, flavour="portable", storage="float16").save(tmp_path / "encoder.onnx")
-    export_mask_decoder(model, tmp_path / "decoder.onnx", storage="float16")
+    export_mask_decoder(model, tmp_path / "decoder.onnx", storage="float16", flavour="portable")
     batch = {"batch": (1, 1, 1)}
     size = engine_bytes(library, tmp_path / "encoder.onnx", specs.encoder, {"picture": batch})
     assert size > 100 << 20, "27 M parameters in float32"

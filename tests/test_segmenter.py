@@ -19,11 +19,12 @@ from segzero_rt.mask import masks_from_logits
 from segzero_rt.segmenter import choose_masks
 
 torch = pytest.importorskip("torch", reason="torch is not installed; it comes with segzero-rt[export]")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; it comes with [export]")
 
 from export import segmenter_encoder  # noqa: E402 - needs torch's absence to skip first
 from export.gate_segmenter import EXACT, gate_pixels, gate_segmenter  # noqa: E402
 from export.onnx_weights import store_weights_fp16  # noqa: E402
-from export.segmenter import IR_VERSION, OPSET, export_segmenter  # noqa: E402
+from export.segmenter import IR_VERSION, OPSET, export_mask_decoder, export_segmenter  # noqa: E402
 from export.segmenter_encoder import build_image_encoder  # noqa: E402
 from export.segmenter_specs import SegmenterFiles, segmenter_specs  # noqa: E402
 from export.segmenter_windows import window_slots  # noqa: E402
@@ -230,6 +231,38 @@ def test_decoder_is_that_of_sam2(exported: Exported, batch: int, objects: int, n
         chosen, scores = choose_masks(ours["mask_logits"][index], ours["iou_scores"][index], multimask=False)
         np.testing.assert_allclose(chosen, single.pred_masks[index, :, 0].numpy(), atol=tolerance)
         np.testing.assert_allclose(scores, single.iou_scores[index, :, 0].numpy(), atol=1e-5)
+
+
+HEADS = [
+    ("as large as the others", {}),
+    ("wider scores", {"iou_head_hidden_dim": 48}),
+    ("deeper scores", {"iou_head_depth": 4}),
+    ("one layer, two heads", {"num_hidden_layers": 1, "num_attention_heads": 2}),
+]
+
+
+@pytest.mark.parametrize("flavour", ["ort", "portable"])
+@pytest.mark.parametrize(("name", "sizes"), HEADS, ids=[name for name, _ in HEADS])
+def test_the_decoder_of_any_sizes_and_flavour_is_that_of_sam2(
+    tmp_path: Path, name: str, sizes: dict[str, int], flavour: str
+) -> None:
+    from training.segmenter_model import SegmenterSize
+
+    torch.manual_seed(0)
+    widths = {"stage_dims": (16, 32, 64, 96), "stage_blocks": (1, 1, 1, 1), "stage_heads": (1, 1, 2, 2)}
+    config = SegmenterSize(**widths, side=64, stage_windows=(4, 2, 4, 2), global_blocks=(), decoder_dim=32).config()
+    for key, value in sizes.items():
+        setattr(config.mask_decoder_config, key, value)
+    model = transformers.Sam2Model(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    specs, files = segmenter_specs(model), SegmenterFiles(encoder=tmp_path / "e.onnx", decoder=tmp_path / "d.onnx")
+    build_image_encoder(model, specs.encoder, flavour=flavour, storage="float32").save(files.encoder)
+    export_mask_decoder(model, files.decoder, storage="float32", flavour=flavour)
+    domains = {entry.domain for entry in onnx.load(files.decoder).opset_import}
+    assert domains == ({"", "com.microsoft"} if flavour == "ort" else {""}), "portable has plain operators alone"
+    record = gate_segmenter(model, files, pixels=gate_pixels(specs.encoder), limits=EXACT)
+    assert record["max_logit_error"] < 3e-5 and record["max_score_error"] < 1e-5
 
 
 def test_a_box_as_points_is_a_box(exported: Exported) -> None:
