@@ -58,6 +58,8 @@ TRAIN = [
 ]
 DEV = [
     "build>=1.2",
+    # What the answer grammar's allowed tokens are compared with.
+    "llguidance>=1.0",
     "mypy>=1.11",
     "pytest>=8",
     "ruff>=0.6",

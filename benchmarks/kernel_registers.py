@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.measuring import write_result
 from segzero_rt.kernels.sources import HERE
 
-SOURCES = ("parse_prompts.cu", "postprocess_masks.cu", "preprocess.cu")
+SOURCES = ("parse_prompts.cu", "postprocess_masks.cu", "preprocess.cu", "sample_token.cu")
 ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "110", "120")
 FLAGS = ("-std=c++17", "-fmad=false", "-Werror", "all-warnings")
 _NAME, _REGISTERS = re.compile(r"\w+"), re.compile(r"Used (\d+) registers")

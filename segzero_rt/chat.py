@@ -33,6 +33,10 @@ class Chat:
     def vocab_size(self) -> int:
         return self._tokenizer.vocab_size
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Of each token number up to the last, its bytes in a reply; None for special tokens and unused numbers."""
+        return [self._tokenizer.token_bytes(number) for number in range(self._tokenizer.end)]
+
     def before_picture(self, system_prompt: str) -> list[int]:
         """Tokens up to the picture's first."""
         return [

@@ -77,9 +77,18 @@ class Tokenizer:
         """Tokens, added ones included."""
         return len(self._text_of)
 
+    @property
+    def end(self) -> int:
+        """The number behind the last token's."""
+        return max(self._text_of, default=-1) + 1
+
     def token_to_id(self, token: str) -> int | None:
         """Number of a token as it stands in the file."""
         return self._added.get(token, self._vocabulary.get(token))
+
+    def token_bytes(self, number: int) -> bytes | None:
+        """What a token adds to a reply's text, in UTF-8; None for special tokens and numbers that no token has."""
+        return None if number in self._special or number not in self._text_of else self._bytes_of(number)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token numbers of `text`.

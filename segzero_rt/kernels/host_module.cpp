@@ -11,6 +11,7 @@
 #include "parse_prompts.cu"
 #include "postprocess_masks.cu"
 #include "preprocess.cu"
+#include "sample_token.cu"
 
 namespace segzero {
 namespace {
