@@ -26,7 +26,7 @@ from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
-from .precisions import COMPUTED, ENCODER_COMPUTED, POLICY_STORAGES
+from .precisions import COMPUTED, ENCODER_COMPUTED, INT4_METHODS, POLICY_STORAGES
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport
@@ -164,6 +164,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--storage", choices=POLICY_STORAGES, help="weights in the files (default: the preset's)")
     parser.add_argument(
+        "--int4-method",
+        choices=INT4_METHODS,
+        help="how weights of 4 bits are rounded: to nearest (rtn, the default), or scaled by activations before (awq)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DATASET",
+        help="pictures and questions that int8 ranges and awq's scales are measured on (default: the gate's)",
+    )
+    parser.add_argument(
+        "--calibration-count", type=positive_integer, default=24, metavar="N", help="at most N of its questions (24)"
+    )
+    parser.add_argument(
         "--computed", choices=COMPUTED, help="what a portable policy's graphs compute in (default: float32)"
     )
     parser.add_argument(
@@ -211,12 +225,15 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --no-trial with --segmenter-computed bfloat16: no CPU can run that encoder")
     if arguments.policy is None and arguments.max_length:
         raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
+    if arguments.policy is None and (arguments.int4_method or arguments.calibration):
+        raise ExportError("expected --policy with --int4-method or --calibration: --base is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
+    calibration = _calibration(arguments.calibration, arguments.calibration_count) if arguments.calibration else []
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
     with workplace(arguments.out, arguments.policy) as work:
         # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
         segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
-        policy = _export_policy(arguments, work, preset, pictures) if arguments.policy else None
+        policy = _export_policy(arguments, work, preset, pictures, calibration) if arguments.policy else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
         if arguments.format:
             manifest = replace(manifest, answer_format=arguments.format)
@@ -315,7 +332,9 @@ def workplace(out: Path, policy: Path | None) -> Iterator[Path]:
     shutil.rmtree(work)
 
 
-def _export_policy(arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any]) -> PolicyExport:
+def _export_policy(
+    arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any], calibration: list[Any]
+) -> PolicyExport:
     export_policy = _imported("policy").export_policy
     _say(f"policy: {arguments.policy}")
     exported: PolicyExport = export_policy(
@@ -332,6 +351,8 @@ def _export_policy(arguments: argparse.Namespace, work: Path, preset: Preset, pi
         max_new_tokens=preset.max_new_tokens,
         answer_format=preset.answer_format,
         gate_pictures=pictures,
+        int4_method=arguments.int4_method or "rtn",
+        calibration=calibration,
     )
     return exported
 
@@ -385,6 +406,15 @@ def _gate_pictures(folder: Path | None, count: int) -> list[Any]:
     if not paths:
         raise ExportError(f"--gate-images {folder}: expected PNG or JPEG pictures, got none there")
     return [load_image(path) for path in paths[:: max(1, len(paths) // count)][:count]]
+
+
+def _calibration(dataset: Path, count: int) -> list[Any]:
+    """Pictures with their questions, spread evenly over a data set."""
+    from segzero_rt.dataset import read_dataset
+    from segzero_rt.image import load_image
+
+    samples = read_dataset(dataset)
+    return [(load_image(one.image_path), one.text) for one in samples[:: max(1, len(samples) // count)][:count]]
 
 
 def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, samples: list[Any]) -> dict[str, Any]:

@@ -73,9 +73,9 @@ def gate_policy_layers(
     tokens = [*policy.prefix_tokens, *policy.question_tokens(QUESTIONS[0])[:QUESTION_TOKENS]]
     features, logits = _ask(policy, picture, tokens)
     reference = LayeredReference(checkpoint)
-    expected = reference.logits(_torch_inputs(policy, picture, tokens), LOGIT_ROWS)
+    expected = reference.logits(torch_inputs(policy, picture, tokens), LOGIT_ROWS)
     if graphs.precision.computed == "float16":
-        _check_range(reference.largest, graphs.precision.float32_products)
+        check_float16_range(reference.largest, graphs.precision.float32_products)
     if not checkpoint.vision.gated:  # only Qwen2.5-VL's own code brings patches into the order of windows, as ours does
         order = policy._layout.patch_order
         reference.hidden |= {
@@ -116,7 +116,7 @@ def _ask(
     return prefix[0, span.start : span.end], view.cache.extend(embeds, wanted)[0]
 
 
-def _torch_inputs(policy: Policy, picture: NDArray[np.uint8], tokens: list[int]) -> dict[str, Any]:
+def torch_inputs(policy: Policy, picture: NDArray[np.uint8], tokens: list[int]) -> dict[str, Any]:
     """What transformers' forward takes for the same picture and prompt."""
     import torch
 
@@ -145,11 +145,7 @@ def _policy(
     """A policy whose towers are run layer by layer, over a picture of a few windows."""
     folder = graphs.folder
     towers = {name: LayerwiseGraph(folder / f"{name}.onnx", graphs.builders[name]) for name in ("vision", "decoder")}
-    window = manifest.window_size
-    small_hw = tuple(min(side, 2 * window + side % window) for side in manifest.input_size_hw)
-    small = replace(
-        manifest, input_size_hw=cast("tuple[int, int]", small_hw), max_length=min(manifest.max_length, 1024)
-    )
+    small = few_windows(manifest)
     embedding = LayerwiseGraph(folder / "embedding.onnx", graphs.builders["embedding"])  # not held while layers run
     policy = Policy(
         small,
@@ -162,27 +158,46 @@ def _policy(
     return policy, towers
 
 
+def few_windows(manifest: PolicyManifest) -> PolicyManifest:
+    """The same policy over a picture of two by two windows, and what a window more or less leaves of its size."""
+    window = manifest.window_size
+    small_hw = tuple(min(side, 2 * window + side % window) for side in manifest.input_size_hw)
+    return replace(manifest, input_size_hw=cast("tuple[int, int]", small_hw), max_length=min(manifest.max_length, 1024))
+
+
 def _largest(errors: Mapping[str, float], prefix: str) -> float:
     return float(np.max([error for name, error in errors.items() if name.startswith(prefix)]))
 
 
-def _check_range(largest: Mapping[str, float], float32_products: tuple[str, ...]) -> None:
-    """Refuses activations that float16 cannot hold, but for products that are kept in float32."""
+def check_float16_range(largest: Mapping[str, float], float32_products: tuple[str, ...]) -> None:
+    """Refuses activations that float16 cannot hold, but for products that are kept in float32.
+
+    Args:
+        largest: magnitude by transformers' name of a product, as `LayeredReference.largest`.
+
+    Raises:
+        ExportError: names the product.
+    """
     for place, value in largest.items():
-        product = _product(place)
-        if value > LARGEST_FLOAT16 and product not in float32_products:
+        product = next((one for one in graph_products(place) if one not in float32_products), None)
+        if not value <= LARGEST_FLOAT16 and product is not None:
             raise ExportError(
                 f"expected activations within float16's range of {LARGEST_FLOAT16:.0f}, {product} reaches {value:.3g} "
                 f"in PyTorch; keep it in float32 with --float32-product {product}"
             )
 
 
-def _product(place: str) -> str:
-    """A linear layer's place in transformers, "vision/blocks.3.mlp.down_proj", as the graphs call it."""
+def graph_products(place: str) -> list[str]:
+    """A linear layer's place in transformers, "vision/blocks.3.mlp.down_proj", as the graphs call it.
+
+    The towers' packed projection is three products there.
+    """
     graph, _, path = place.partition("/")
     parts = path.split(".")
     scope = parts[0] if parts[0] == "merger" else ".".join(parts[:2])
-    return f"{graph}/{scope}/{_PRODUCTS.get(parts[-1], parts[-1].removesuffix('_proj'))}"
+    name = _PRODUCTS.get(parts[-1], parts[-1].removesuffix("_proj"))
+    names = "qkv" if (graph, name) == ("vision", "qkv") else [name]
+    return [f"{graph}/{scope}/{one}" for one in names]
 
 
 def _check(record: dict[str, Any], errors: Mapping[str, float], limits: GateLimits) -> None:

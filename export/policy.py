@@ -16,15 +16,23 @@ from segzero_rt.manifest import PolicyGraphs, PolicyManifest
 from segzero_rt.policy import Policy
 from segzero_rt.positions import VISION_ROPE_THETA
 
+from .awq import awq_checkpoint
+from .calibration import Question, calibrate, questions_of
 from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
-from .gate_layers import gate_policy_layers
+from .gate_layers import check_float16_range, gate_policy_layers
+from .graph_builder import check_precision
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
+from .precisions import INT4_METHODS
+from .qdq import Reach
 from .static_int8 import make_decoder_static
 
 LAYERS_FROM_PARAMETERS = 500_000_000
 """Twice 2 GB of float32, in PyTorch and in ONNX Runtime: beyond this the gate takes one layer at a time."""
+
+REPLY_TOKENS = 64
+"""Longest reply that gates and calibrations wait for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +68,8 @@ def export_policy(
     gate_pictures: Sequence[NDArray[np.uint8]] = (),
     gate_questions: Sequence[str] = QUESTIONS,
     gate_limits: GateLimits | None = None,
+    int4_method: str = "rtn",
+    calibration: Sequence[Question] = (),
 ) -> PolicyExport:
     """Writes the graphs of a policy into `out_dir`, and compares them with PyTorch.
 
@@ -71,8 +81,8 @@ def export_policy(
         input_size_hw: size in pixels that pictures are resized to, in multiples of a token's side.
         flavour: of the decoder, one of `DECODER_FLAVOURS`.
         storage: precision of the weights in the files. Floats ("float16", "bfloat16", "float32") are computed in
-            float32; "int8" is computed in int8, faster and less exact; "int4" is the decoder's in 4 bits and the
-            tower's in 8. The last two are for flavour "ort" alone.
+            float32; "int8" is computed in int8, faster and less exact, in flavours other than "ort" by plain operators
+            (see `qdq`); "int4" is the decoder's in 4 bits and the tower's in 8, for flavour "ort" alone.
         computed: what graphs are computed in, for flavours other than "ort"; weights are stored alike.
         float32_products: products that stay in float32 in a graph of 16 bits, beside those of `float32_by_rule`.
         resampler: what training resized with.
@@ -85,6 +95,8 @@ def export_policy(
         gate_pictures: uint8 [H, W, 3] of any size; some patches of colour by default.
         gate_questions: asked on each of them.
         gate_limits: what the export must reach; by default what its storage allows.
+        int4_method: how the weights of storage "int4" get their 4 bits, one of `INT4_METHODS`.
+        calibration: pictures with questions that ranges and scales are measured on; by default the gate's.
 
     Raises:
         ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, does not fit on the disk,
@@ -107,30 +119,56 @@ def export_policy(
     if not tokenizer.is_file():
         raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
     by_rule = float32_by_rule(checkpoint) if computed != "float32" else ()
-    precision = Precision(storage=storage, computed=computed, float32_products=(*by_rule, *float32_products))
+    if int4_method not in INT4_METHODS:
+        raise ExportError(f"expected 4 bits by {' or '.join(INT4_METHODS)}, got {int4_method!r}")
+    if int4_method != "rtn" and storage != "int4":
+        raise ExportError(f"expected storage int4 for 4 bits by {int4_method}, got {storage}")
+    explicit, scaled = storage == "int8" and flavour != "ort", int4_method == "awq"
+    precision = Precision(
+        storage="float16" if explicit else storage, computed=computed, float32_products=(*by_rule, *float32_products)
+    )
+    check_precision(precision.storage, computed, fused=flavour == "ort")
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
     max_length = min(max_length, checkpoint.text.max_position_embeddings)
-    graphs = PolicyGraphWriter(
-        checkpoint, folder, precision, flavour=flavour, input_size_hw=input_size_hw, max_length=max_length
-    )
-    graphs.plan(external)
+    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens, computed)
+    layered = checkpoint.num_parameters > LAYERS_FROM_PARAMETERS if gate_layers is None else gate_layers
+    pictures = gate_pictures or plain_pictures()
+    options = {"flavour": flavour, "input_size_hw": input_size_hw, "max_length": max_length}
+    graphs = PolicyGraphWriter(checkpoint, folder, precision, **options)  # type: ignore[arg-type]
+    if not explicit:  # before anything is measured; int8 takes less room than these would
+        graphs.plan(external)
+    if explicit or scaled or (computed == "float16" and not layered):  # the gate by layers checks ranges itself
+        found = calibrate(
+            checkpoint,
+            manifest,
+            questions=calibration or questions_of(pictures, gate_questions),
+            answer_format=answer_format,
+            max_new_tokens=0 if layered else min(max_new_tokens, REPLY_TOKENS),
+            adapter=adapter,
+            keep_rows=scaled,
+        )
+        if computed == "float16":
+            check_float16_range(found.largest, precision.float32_products)
+        reach = {product: Reach.of(one.largest) for product, one in found.held.items()} if explicit else None
+        written = awq_checkpoint(checkpoint, found.held) if scaled else checkpoint
+        graphs = PolicyGraphWriter(written, folder, precision, reach=reach, **options)  # type: ignore[arg-type]
+        graphs.plan(external)
     graphs.write()
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens, computed)
     limits = gate_limits or default_limits(storage, lossless=graphs.lossless, computed=computed)
-    if gate_layers or (gate_layers is None and checkpoint.num_parameters > LAYERS_FROM_PARAMETERS):
+    if layered:
         gate = gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
     else:
-        if storage == "int8":  # with ranges of its own, so that guessed tokens change no numbers
+        if storage == "int8" and not explicit:  # with ranges of its own, so that guessed tokens change no numbers
             make_decoder_static(
                 checkpoint,
                 manifest,
                 folder,
                 answer_format=answer_format,
-                pictures=gate_pictures or plain_pictures(),
+                pictures=pictures,
                 questions=gate_questions,
-                max_new_tokens=min(max_new_tokens, 64),
+                max_new_tokens=min(max_new_tokens, REPLY_TOKENS),
             )
         policy = Policy.from_files(
             manifest,
@@ -142,17 +180,17 @@ def export_policy(
         gate = gate_policy(
             hf_folder,
             policy,
-            pictures=gate_pictures or plain_pictures(),
+            pictures=pictures,
             questions=gate_questions,
             limits=limits,
-            max_new_tokens=min(max_new_tokens, 64),
+            max_new_tokens=min(max_new_tokens, REPLY_TOKENS),
             adapter=adapter,
         )
     return PolicyExport(
         manifest=manifest,
         tokenizer="policy/tokenizer.json",
         files={f"policy/{name}": folder / name for name in (*graphs.file_names, "tokenizer.json")},
-        gate=gate,
+        gate=gate | ({"int4_method": int4_method} if storage == "int4" else {}),
         loaded_bytes=graphs.loaded_bytes,
     )
 

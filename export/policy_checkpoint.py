@@ -7,9 +7,11 @@ Nothing is read before it is asked for, so that a checkpoint larger than the mem
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,29 @@ _OLD_PREFIXES = (
 
 _UNUSED_ENDINGS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 """Buffers that old checkpoints keep; they follow from the configuration."""
+
+
+_ONE = np.ones(1, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """What a weight is multiplied by, float32; of length 1 where all of an axis is."""
+
+    rows: Floats = field(default_factory=_ONE.copy)
+    """Along its first axis: the outputs of a product, the channels of a norm or bias."""
+    columns: Floats = field(default_factory=_ONE.copy)
+    """Along its second, of a matrix."""
+
+    def applied(self, weight: Weight) -> Weight:
+        """The weight times the factors, still read by rows."""
+
+        def rows(start: int, stop: int) -> Floats:
+            along = self.rows if len(self.rows) == 1 else self.rows[start:stop]
+            values = weight.rows(start, stop)
+            return values * (along if values.ndim == 1 else along[:, None] * self.columns)
+
+        return Weight(weight.shape, rows)
 
 
 class PolicyCheckpoint:
@@ -63,6 +88,7 @@ class PolicyCheckpoint:
         self._files = _weight_files(folder)
         self._asked_for: set[str] = set()
         self._adapter = PolicyAdapter(adapter, _current_key) if adapter is not None else None
+        self._factors: dict[str, Factors] = {}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -88,7 +114,18 @@ class PolicyCheckpoint:
             raise ExportError(f"expected {key} of shape {shape}, got {found.shape} in {found.path}")
         self._asked_for.add(key)
         weight = Weight(found.shape, found.rows)
-        return weight if self._adapter is None else self._adapter.applied(key, weight)
+        weight = weight if self._adapter is None else self._adapter.applied(key, weight)
+        return self._factors[key].applied(weight) if key in self._factors else weight
+
+    def rescaled(self, factors: Mapping[str, Factors]) -> PolicyCheckpoint:
+        """The same checkpoint, some of its weights multiplied as they are read.
+
+        Args:
+            factors: by transformers 5 key.
+        """
+        other = copy.copy(self)
+        other._factors = dict(factors)
+        return other
 
     def tensor(self, key: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """One weight as float32, read now. Raises as `weight`."""
@@ -133,6 +170,8 @@ class PolicyCheckpoint:
             digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
         if self._adapter is not None:
             digest.update(self._adapter.fingerprint().encode())
+        for key, factors in sorted(self._factors.items()):
+            digest.update(key.encode() + factors.rows.tobytes() + factors.columns.tobytes())
         return digest.hexdigest()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
 from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
 from .policy_vision import build_vision
+from .qdq import QdqStore, Reach, in_int8, quantize_file
 from .weight_store import DiskFullError, DryStore, FileStore, InlineStore, WeightStore
 
 EXTERNAL_FROM_BYTES = 1 << 30
@@ -52,7 +55,12 @@ def float32_by_rule(checkpoint: PolicyCheckpoint) -> tuple[str, ...]:
 
 
 class PolicyGraphWriter:
-    """The graphs of one checkpoint on their way into `folder`. Call `plan`, then `write`."""
+    """The graphs of one checkpoint on their way into `folder`. Call `plan`, then `write`.
+
+    Args:
+        reach: of the inputs of products, by their paths ("decoder/layers.0/qkv"): those products are made
+            int8 by plain operators (see `qdq`), where flavour "ort" has operators of its own for that.
+    """
 
     def __init__(
         self,
@@ -63,6 +71,7 @@ class PolicyGraphWriter:
         flavour: str,
         input_size_hw: tuple[int, int],
         max_length: int | None = None,
+        reach: Mapping[str, Reach] | None = None,
     ) -> None:
         self.folder = folder
         self.precision = precision
@@ -77,12 +86,14 @@ class PolicyGraphWriter:
         self._flavour = flavour
         self._input_size_hw = input_size_hw
         self._max_length = max_length
+        self._reach = dict(reach or {})
         self._external = False
 
     @property
     def file_names(self) -> tuple[str, ...]:
         """All files in `folder` that belong to the bundle."""
-        data = [f"{name}.data" for name in GRAPHS if (self.folder / f"{name}.data").is_file()]
+        beside = [path for path in (self.folder / f"{name}.data" for name in GRAPHS) if path.is_file()]
+        data = [path.name for path in beside if path.stat().st_size]  # none where all weights are small
         return (*(f"{name}.onnx" for name in GRAPHS), *data, TABLE_FILE)
 
     def plan(self, external: bool | None = None) -> None:
@@ -124,6 +135,9 @@ class PolicyGraphWriter:
             store = self._file_store(f"{name}.data") if self._external else InlineStore()
             builder = self._build(name, store)
             builder.save(self.folder / f"{name}.onnx")
+            if self._reach:
+                kept = {"computed": self.precision.computed, "float32_products": self.precision.of(name)}
+                quantize_file(self.folder / f"{name}.onnx", self._reach_of(name), **kept)  # type: ignore[arg-type]
             self.lossless = self.lossless and builder.lossless
             self.builders[name] = builder
 
@@ -135,7 +149,14 @@ class PolicyGraphWriter:
     def _write_table(self, store: WeightStore) -> WeightStore:
         return write_token_table(self._checkpoint, self.folder, storage=self.precision.storage, store=store)
 
+    def _reach_of(self, graph: str) -> dict[str, Reach]:
+        """Ranges of one graph's products that become int8, without its name."""
+        paths = {path.partition("/")[2]: reach for path, reach in self._reach.items() if path.startswith(f"{graph}/")}
+        excepted = self.precision.of(graph)
+        return {path: reach for path, reach in paths.items() if in_int8(path) and path not in excepted}
+
     def _build(self, name: str, store: WeightStore) -> GraphBuilder:
+        store = QdqStore(store, self._reach_of(name)) if self._reach else store
         options = {
             "flavour": self._flavour,
             "storage": self.precision.storage,
@@ -148,7 +169,10 @@ class PolicyGraphWriter:
         return build_decoder(self._checkpoint, max_length=self._max_length, **options)  # type: ignore[arg-type]
 
     def _file_store(self, name: str, *, whole_file: bool = False) -> FileStore:
-        fingerprint = f"{self._checkpoint.fingerprint()} {self.precision} {self._flavour} {self._input_size_hw}"
+        options = f"{self.precision} {self._flavour} {self._input_size_hw}"
+        codes = hashlib.sha256(b"".join(path.encode() + reach.key() for path, reach in sorted(self._reach.items())))
+        quantized = f" {codes.hexdigest()}" if self._reach else ""
+        fingerprint = f"{self._checkpoint.fingerprint()} {options}{quantized}"
         try:
             store = FileStore(self.folder / name, fingerprint, whole_file=whole_file)
         except OSError as error:

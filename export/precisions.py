@@ -10,3 +10,5 @@ COMPUTED = ("float32", "float16")
 """ONNX Runtime has no products of bfloat16 on CPUs, so that no gate could try them; as storage it is fine."""
 ENCODER_COMPUTED = (*COMPUTED, "bfloat16")
 """Of the segmenter's image encoder, whose gate runs a twin of it that rounds alike."""
+INT4_METHODS = ("rtn", "awq")
+"""How weights get their 4 bits: rounded to nearest, or scaled before by the activations that they meet."""

@@ -23,12 +23,16 @@ class LayeredReference:
     """transformers' model on the "meta" device; a layer's weights are read when its turn comes, and let go after it.
 
     What goes from layer to layer is kept under the names that the graphs use: "blocks.3", "merger", "layers.2", "norm".
+
+    Args:
+        watch: gets what goes into each linear product, [..., channels], by the product's name as in `largest`.
     """
 
-    def __init__(self, checkpoint: PolicyCheckpoint) -> None:
+    def __init__(self, checkpoint: PolicyCheckpoint, *, watch: Callable[[str, Tensor], None] | None = None) -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         self._checkpoint = checkpoint
+        self._watcher = watch
         self.hidden: dict[str, NDArray[np.float32]] = {}
         """The residual that each layer took in, by the layer's name."""
         self.largest: dict[str, float] = {}
@@ -99,6 +103,8 @@ class LayeredReference:
         def record(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             largest = max(float(arguments[0].abs().max()), float(output.abs().max()))
             self.largest[place] = max(self.largest.get(place, 0.0), largest)
+            if self._watcher is not None:
+                self._watcher(place, arguments[0])
 
         return record
 

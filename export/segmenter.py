@@ -31,8 +31,10 @@ from .gate_segmenter import (
     gate_segmenter,
 )
 from .graph_builder import STORAGES, float_storage
+from .lazy_weight import Floats
 from .onnx_weights import store_weights_fp16
 from .precisions import ENCODER_COMPUTED
+from .qdq import Reach, channel_peaks, in_int8, quantize_model
 from .segmenter_checkpoint import load_checkpoint
 from .segmenter_decoder import build_mask_decoder
 from .segmenter_encoder import build_image_encoder
@@ -92,7 +94,7 @@ def export_segmenter(
         out_dir: gets `segmenter/*.onnx`.
         config: SAM 2's name of the size that a `.pt` must have; None recognises it.
         storage: "float16" (large weights rounded, arithmetic in float32), "float32", or "int8" (the encoder's products
-            in int8, flavour "ort" alone; all else as "float16").
+            in int8, in flavour "portable" with ranges measured on the gate's pictures; all else as "float16").
         flavour: "ort" uses ONNX Runtime's own operators, "portable" only those of opset 17.
         computed: what the encoder's products compute in: "float32", or "float16" or "bfloat16" for GPUs, whatever
             `storage` is; the decoder, which is small, stays in float32. See `segmenter_precision`.
@@ -118,7 +120,11 @@ def export_segmenter(
     files.encoder.parent.mkdir(parents=True, exist_ok=True)
     pixels = gate_pixels(segmenter_specs(model).encoder, pictures)
     if computed == "float32":
-        build_image_encoder(model, segmenter_specs(model).encoder, flavour=flavour, storage=storage).save(files.encoder)
+        if storage == "int8" and flavour != "ort":
+            _write_in_int8(model, files.encoder, pixels, flavour)
+        else:
+            spec = segmenter_specs(model).encoder
+            build_image_encoder(model, spec, flavour=flavour, storage=storage).save(files.encoder)
         gated, limits = files, {"float32": EXACT, "float16": ROUNDED, "int8": QUANTIZED}[storage]
     else:
         twin = _write_in_16_bits(model, files.encoder, pixels, flavour, computed, float32_products)
@@ -158,6 +164,20 @@ def _write_in_16_bits(
     onnx.save(in_16_bits(exact, computed, float32_products=float32_products), str(path))
     onnx.checker.check_model(str(path))
     return twin
+
+
+def _write_in_int8(model: Sam2Model, path: Path, pixels: Sequence[NDArray[np.float32]], flavour: str) -> None:
+    """Writes the encoder with its blocks' products in int8 by plain operators."""
+    spec = segmenter_specs(model).encoder
+    exact = build_image_encoder(model, spec, flavour=flavour, storage="float32").model()
+    peaks: dict[str, Floats] = {}
+    for batch in pixels:
+        for product, found in channel_peaks(exact, {"pixel_values": batch}).items():
+            peaks[product] = np.maximum(peaks[product], found) if product in peaks else found
+    reach = {product: Reach.of(found) for product, found in peaks.items() if in_int8(product)}
+    halved = build_image_encoder(model, spec, flavour=flavour, storage="float16").model()
+    onnx.save(quantize_model(halved, reach), str(path))
+    onnx.checker.check_model(str(path))
 
 
 def export_mask_decoder(model: Sam2Model, path: Path, *, storage: str, flavour: str = "ort") -> None:

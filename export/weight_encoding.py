@@ -188,3 +188,11 @@ def _four_bits(values: Floats, path: str) -> tuple[np.ndarray, np.ndarray]:
     numbers = (padded * inverse[:, :, None]).round_().add_(8).clamp_(0, 15).to(torch.uint8)
     packed = numbers[:, :, 0::2] | (numbers[:, :, 1::2] << 4)
     return packed.numpy(), scale.numpy()
+
+
+def as_four_bits(values: Floats) -> Floats:
+    """What is left of float32 [rows, width] once its numbers have 4 bits."""
+    numbers, scales = _four_bits(values, "a weight")
+    both = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(*scales.shape, BLOCK).astype(np.float32)
+    whole: Floats = ((both - 8) * scales[..., None].astype(np.float32)).reshape(len(values), -1)
+    return whole[:, : values.shape[1]]

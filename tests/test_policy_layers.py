@@ -148,6 +148,25 @@ def test_an_activation_beyond_float16_is_caught_and_its_layer_named_and_kept(
 
 
 @pytest.mark.parametrize(
+    ("ending", "product", "storage"),
+    [
+        ("blocks.1.attn.qkv.weight", "vision/blocks.1/q", "int8"),
+        ("merger.mlp.0.weight", "vision/merger/fc1", "float16"),
+        ("layers.0.self_attn.v_proj.weight", "decoder/layers.0/qkv", "int8"),
+        ("layers.1.mlp.down_proj.weight", "decoder/layers.1/down", "float16"),
+    ],
+)
+def test_the_gate_of_whole_replies_names_it_too(
+    policy_folders: Callable[[str], Path], tmp_path: Path, ending: str, product: str, storage: str
+) -> None:
+    """Before a graph is written: what a CPU makes of such a graph says little, and nothing of the layer."""
+    source = planted(policy_folders("grouped-heads"), tmp_path / "hf", ending, 6e4)
+    options = {**OPTIONS, "gate_layers": False, "max_new_tokens": 4, "gate_questions": ("the red cup",)}
+    with pytest.raises(ExportError, match=f"{product} reaches .* --float32-product {product}"):
+        export_policy(source, tmp_path / "half", flavour="portable", computed="float16", storage=storage, **options)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"computed": "float16"}, "flavour portable"),
