@@ -307,21 +307,11 @@ class GraphBuilder:
         return self.narrowed(self.node("LayerNormalization", [x, *parts], axis=-1, epsilon=epsilon))
 
     def add_layer_norm(
-        self,
-        x: str,
-        residual: str,
-        name: str,
-        weight: Weight,
-        epsilon: float,
-        *,
-        norm_bias: Weight,
-        bias: Weight | None = None,
+        self, x: str, residual: str, name: str, weight: Weight, epsilon: float, *, norm_bias: Weight, bias: Weight
     ) -> tuple[str, str]:
         """Returns (norm of `x + bias + residual`, that sum); the residual and the sum are float32."""
-        x = self.widened(x)
-        if bias is not None:
-            x = self.node("Add", [x, self.weight(f"{name}.added_bias", bias, dtype="float32")])
-        total = self.node("Add", [x, residual])
+        added = self.weight(f"{name}.added_bias", bias, dtype="float32")
+        total = self.node("Add", [self.node("Add", [self.widened(x), added]), residual])
         return self.layer_norm(total, name, weight, norm_bias, epsilon), total
 
     def silu(self, x: str) -> str:

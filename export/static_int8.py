@@ -86,6 +86,12 @@ class FloatDecoder:
         weight = self.weights[product.input[1]]
         return weight.T if any(one.name == "transB" and one.i for one in product.attribute) else weight
 
+    def adds_bias(self, node: NodeProto) -> bool:
+        """Whether a node does nothing but add a weight of one axis to a product that nothing else reads."""
+        if node.op_type != "Add" or node.input[1] not in self.weights or self.weights[node.input[1]].ndim != 1:
+            return False
+        return sum(node.input[0] in reader.input for reader in self.nodes) == 1
+
     def divide(self, tensor: str, by: Floats) -> Floats | None:
         """Makes the graph give `tensor` divided by `by`, channel by channel, where some weight before it can do that.
 
@@ -231,11 +237,13 @@ def quantize_decoder(source: Path, target: Path, ranges: dict[str, Range]) -> No
     inputs = {tensor: _smoothed(graph, tensor, held) for tensor, held in ranges.items()}
     writer = _Int8Writer(graph)
     in_int8 = {product.output[0]: tensor for tensor in inputs for product in graph.products[tensor]}
+    biased = {node.input[0]: node for node in graph.nodes if graph.adds_bias(node) and node.input[0] in in_int8}
+    added = {node.output[0] for node in biased.values()}
     for node in graph.nodes:
         if node.output[0] in in_int8:
             tensor = in_int8[node.output[0]]
-            writer.product(node, tensor, *inputs[tensor])
-        else:
+            writer.product(node, tensor, *inputs[tensor], bias=biased.get(node.output[0]))
+        elif node.output[0] not in added:
             writer.nodes.append(node)
     temporary = target.with_name(target.name + ".part")
     temporary.write_bytes(writer.model().SerializeToString())
@@ -268,8 +276,14 @@ class _Int8Writer:
         self._graph = graph
         self._arrays: dict[str, NDArray[Any]] = {}
 
-    def product(self, node: NodeProto, tensor: str, scale: Floats, zero: Floats) -> None:
-        """The same product with uint8 activations and int8 weights, one scale per output."""
+    def product(
+        self, node: NodeProto, tensor: str, scale: Floats, zero: Floats, *, bias: NodeProto | None = None
+    ) -> None:
+        """The same product with uint8 activations and int8 weights, one scale per output.
+
+        Args:
+            bias: the node that adds one to it, in whose place it comes then.
+        """
         values = self._quantized(tensor, scale, zero)
         if node.input[0] != tensor:  # a view of it: only Gemm asks for two axes, which this product does not need
             shape = next(one for one in self.nodes if node.input[0] in one.output).input[1]
@@ -279,7 +293,10 @@ class _Int8Writer:
         name = node.output[0]
         self._arrays |= {f"{name}:int8": np.round(rows / step).astype(np.int8), f"{name}:scale": step}
         inputs = [values, f"{name}:int8", f"{tensor}:scale", f"{name}:scale", f"{tensor}:zero"]
-        self._add("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT)
+        if bias is None:
+            self._add("MatMulIntegerToFloat", inputs, name, domain=MICROSOFT)
+        else:
+            self._add("MatMulIntegerToFloat", [*inputs, "", bias.input[1]], bias.output[0], domain=MICROSOFT)
 
     def _quantized(self, tensor: str, scale: Floats, zero: Floats) -> str:
         if f"{tensor}:scale" not in self._arrays:

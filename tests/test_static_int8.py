@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="writes checkpoints with transformers")
 pytest.importorskip("transformers", reason="writes checkpoints with transformers")
 
+import onnx
 import onnxruntime
 from policy_checkpoints import SIZES, policy_bundle, random_picture
 
@@ -78,6 +79,10 @@ def _inputs(path: Path) -> list[str]:
     return [one.name for one in onnxruntime.InferenceSession(str(path)).get_inputs()]
 
 
+def _kinds(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(str(path)).graph.node]
+
+
 def _ranges(path: Path, reach: float) -> dict[str, Range]:
     """As wide for all channels; random weights have no outliers."""
     graph = FloatDecoder(path)
@@ -94,6 +99,8 @@ def test_tokens_do_not_depend_on_those_after_them(decoder: Path, tmp_path: Path)
         np.testing.assert_array_equal(logits(tmp_path / "int8.onnx", length), whole[:length])
     expected = logits(decoder)
     assert np.corrcoef(whole.ravel(), expected.ravel())[0, 1] > 0.7, "a wrong scale would leave nothing"
+    biases = sum(name.endswith(".bias") for name in FloatDecoder(decoder).weights)
+    assert _kinds(tmp_path / "int8.onnx").count("Add") == _kinds(decoder).count("Add") - biases, "products add them"
     assert (tmp_path / "int8.onnx").stat().st_size < decoder.stat().st_size + (
         decoder.parent / "token_table.bin"
     ).stat().st_size
