@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from segzero_rt.drafting import Draft
 from segzero_rt.graph import BoundGraph, Graph
 from segzero_rt.kv_cache import KVCache
+
+if TYPE_CHECKING:  # most replies are free
+    from segzero_rt.constrained import AnswerConstraint
 
 
 @dataclass(slots=True)
@@ -60,8 +64,17 @@ class TokenRuns:
 class GreedyReply:
     """The tokens of one reply, as an iterator; `finished` and `counts` tell how it went."""
 
-    def __init__(self, runs: TokenRuns, cache: KVCache, *, end_token_ids: Sequence[int], draft: Draft | None) -> None:
+    def __init__(
+        self,
+        runs: TokenRuns,
+        cache: KVCache,
+        *,
+        end_token_ids: Sequence[int],
+        draft: Draft | None,
+        constraint: AnswerConstraint | None = None,
+    ) -> None:
         self._runs = runs
+        self._constraint = constraint
         self._cache = cache
         self._ends = frozenset(end_token_ids)
         self._draft = draft
@@ -85,8 +98,14 @@ class GreedyReply:
                 yield token_id
             left -= len(choices)
             if left > 0:
-                choices = self._next(choices[-1], left) if self._draft else self._runs.choices(choices[-1:])
+                choices = self._next(choices[-1], left) if self._draft else self._choices(choices[-1:], left)
                 self.counts.runs += 1
+
+    def _choices(self, token_ids: Sequence[int], left: int) -> list[int]:
+        """What follows each token; with a grammar as far as the guesses among them are right."""
+        if self._constraint is None:
+            return self._runs.choices(token_ids)
+        return self._constraint.choices(self._runs.logits(token_ids), token_ids[1:], left)
 
     def _next(self, last: int, left: int) -> list[int]:
         """At least one token, at most `left`."""
@@ -94,7 +113,7 @@ class GreedyReply:
         assert draft is not None, "called with a draft alone"
         length = int(self._cache.lengths[0])
         guesses = draft.guesses(min(draft.count, left - 1))
-        said = self._runs.choices([last, *guesses])
+        said = self._choices([last, *guesses], left)
         right = next((place for place, guess in enumerate(guesses) if guess != said[place]), len(guesses))
         ended = next((place for place, token_id in enumerate(said[: right + 1]) if token_id in self._ends), right)
         right = min(right, ended)

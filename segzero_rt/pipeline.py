@@ -62,6 +62,7 @@ class SegZero:
         threads: int | None = None,
         allow_ungated: bool = False,
         draft_tokens: int | None = None,
+        constrained: bool = False,
     ) -> SegZero:
         """Opens a bundle, checks it and loads its graphs.
 
@@ -73,6 +74,7 @@ class SegZero:
                 both decoders take one, and the picture's encoder the others.
             allow_ungated: take engines that were never compared with their reference.
             draft_tokens: guesses that the policy checks in one run, 0 for none; see `Policy.load`.
+            constrained: hold replies to their format's grammar; see `Policy.load`.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -83,7 +85,9 @@ class SegZero:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         resolved = _resolve(backend, opened, allow_ungated)
         resolve_kernels()  # now, not in the first question: it may compile, or say that a forced build is not there
-        policy = Policy.load(opened, backend=resolved, threads=threads, draft_tokens=draft_tokens)
+        policy = Policy.load(
+            opened, backend=resolved, threads=threads, draft_tokens=draft_tokens, constrained=constrained
+        )
         beside, last = threads, threads
         if threads is None and is_small_decoder(opened.file(opened.manifest.policy.graphs.decoder)):
             beside = max(1, default_threads() - 1)  # one core is the policy's, which answers at the same time

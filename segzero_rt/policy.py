@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,10 @@ from segzero_rt.kv_cache import CacheSizes, KVCache
 from segzero_rt.manifest import PolicyManifest
 from segzero_rt.positions import PictureSpan, policy_layout, policy_rotary
 from segzero_rt.preprocess import Preprocessor
+
+if TYPE_CHECKING:  # most replies are free
+    from segzero_rt.constrained import AnswerConstraint
+    from segzero_rt.kernels.sample_token import GrammarTable
 
 DRAFT_TOKENS = 5
 """Guesses in one run of the decoder, by default: six tokens take a sixth longer than one, eight half as long again."""
@@ -79,6 +84,7 @@ class Policy:
         decoder: Graph,
         answer_format: AnswerFormat,
         draft_tokens: int | None = None,
+        constrained: bool = False,
     ) -> None:
         if draft_tokens is not None and not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
             raise BackendError(f"expected 0 to {MAX_DRAFT_TOKENS} guessed tokens a run, got {draft_tokens}")
@@ -105,6 +111,8 @@ class Policy:
         self._draft_tokens = _default_draft(decoder) if draft_tokens is None else draft_tokens
         self._drafters: dict[AnswerFormat, Drafter] = {}
         self._rows_independent: bool | None = None
+        self._constrained = constrained
+        self._grammars: dict[AnswerFormat, GrammarTable] = {}
         self._rotary = policy_rotary(manifest)
         self._before_picture = chat.before_picture(self.default_format.system_prompt)
         placeholders = [manifest.image_token_id] * (self.preprocessor.grid_hw[0] * self.preprocessor.grid_hw[1])
@@ -124,12 +132,16 @@ class Policy:
         backend: str | Backend = "auto",
         threads: int | None = None,
         draft_tokens: int | None = None,
+        constrained: bool = False,
     ) -> Policy:
         """Loads the policy's graphs and tokenizer from a bundle.
 
         Args:
             draft_tokens: guesses that the decoder checks in one run, 0 for none; by default `DRAFT_TOKENS` on the CPU.
                 They change how fast a reply comes, and nothing else: where they would, none are made.
+            constrained: hold replies to their format's grammar (`answer_grammar`), so that each ends with an answer
+                that can be read, within its budget. What a policy says by itself shows what it has learnt; this shows
+                what it would say if it could not misspell.
 
         Raises:
             BackendError: the backend is not there, or more guesses than `MAX_DRAFT_TOKENS`.
@@ -148,6 +160,7 @@ class Policy:
             backend=backend,
             threads=threads,
             draft_tokens=draft_tokens,
+            constrained=constrained,
         )
 
     @classmethod
@@ -161,6 +174,7 @@ class Policy:
         backend: str | Backend = "auto",
         threads: int | None = None,
         draft_tokens: int | None = None,
+        constrained: bool = False,
     ) -> Policy:
         """Loads a policy that is not in a bundle yet; `graphs` are the files of "vision", "embedding" and "decoder".
 
@@ -181,7 +195,7 @@ class Policy:
             short = small and name == "decoder"
             loaded[name] = Graph.load(graphs[name], spec, backend=resolved, threads=chosen, short_prompts=short)
         chat, form = Chat(tokenizer), FORMATS[answer_format]
-        return cls(manifest, chat, answer_format=form, draft_tokens=draft_tokens, **loaded)
+        return cls(manifest, chat, answer_format=form, draft_tokens=draft_tokens, constrained=constrained, **loaded)
 
     @property
     def backend(self) -> Backend:
@@ -261,9 +275,14 @@ class Policy:
         for given in started:
             _tell(stream.push(given), pieces, on_token)
         runs = TokenRuns(self._embedding, cache)
-        draft = self._draft(runs, cache, answer_format or self.default_format, prompt)
-        reply = GreedyReply(runs, cache, end_token_ids=self.manifest.eos_token_ids, draft=draft)
-        tokens = reply.tokens(int(logits.argmax()), budget)
+        form = answer_format or self.default_format
+        draft = self._draft(runs, cache, form, prompt)
+        constraint = self._constraint(form, started) if self._constrained else None
+        ends = self.manifest.eos_token_ids
+        reply = GreedyReply(runs, cache, end_token_ids=ends, draft=draft, constraint=constraint)
+        first = logits.reshape(1, -1)
+        said = int(first.argmax()) if constraint is None else constraint.choices(first, [], budget)[0]
+        tokens = reply.tokens(said, budget)
         stopped = False
         for _ in range(budget):
             if cancelled is not None and cancelled():
@@ -382,6 +401,14 @@ class Policy:
             end_token_id = self.manifest.eos_token_ids[0]
             self._drafters[answer_format] = Drafter.of_format(answer_format, self.chat.reply_start, end_token_id)
         return Draft(self._drafters[answer_format], prompt, self._draft_tokens)
+
+    def _constraint(self, answer_format: AnswerFormat, started: list[int]) -> AnswerConstraint:
+        """One reply's; the grammar itself is made at the first question in a format."""
+        from segzero_rt.constrained import AnswerConstraint, grammar_of
+
+        if answer_format not in self._grammars:
+            self._grammars[answer_format] = grammar_of(self.chat, answer_format, self.manifest)
+        return AnswerConstraint(self._grammars[answer_format], started)
 
     def _features(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]

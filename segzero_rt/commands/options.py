@@ -25,7 +25,7 @@ def add_bundle_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_options(parser: argparse.ArgumentParser) -> None:
-    """`--format`, `--max-new-tokens`, `--draft-tokens`."""
+    """`--format`, `--max-new-tokens`, `--draft-tokens`, `--constrained`."""
     parser.add_argument(
         "--format", choices=tuple(FORMATS), help="prompt and answer format (default: the one that the bundle names)"
     )
@@ -37,6 +37,9 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
         type=draft_tokens,
         metavar="N",
         help="tokens to guess ahead, for speed alone; 0 for none (default: 5 on the CPU)",
+    )
+    parser.add_argument(
+        "--constrained", action="store_true", help="hold replies to the format's grammar, so that each can be read"
     )
 
 
@@ -56,6 +59,7 @@ def load_pipeline(arguments: argparse.Namespace) -> SegZero:
         threads=arguments.threads,
         allow_ungated=arguments.allow_ungated,
         draft_tokens=getattr(arguments, "draft_tokens", None),  # `segment` has no policy to ask
+        constrained=getattr(arguments, "constrained", False),
     )
 
 
