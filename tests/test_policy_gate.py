@@ -178,4 +178,4 @@ def test_int8_weights_are_smaller_and_close(policy_folders: Callable[[str], Path
         sizes = [exported.files[f"policy/{name}.onnx"].stat().st_size for exported in (half, small)]
         assert sizes[1] < sizes[0], name
     with pytest.raises(ExportError, match="flavour ort"):
-        export_policy(policy_folders("grouped-heads"), tmp_path / "no", storage="int8", flavour="portable", **options)
+        export_policy(policy_folders("grouped-heads"), tmp_path / "no", storage="int4", flavour="portable", **options)
