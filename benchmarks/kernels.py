@@ -3,7 +3,9 @@
 Parser: real replies (../shared/assets) whose answer `re` + `json.loads` can read, since most parsers would fail on the
 others. The peer's job is the same: find thinking and answer, decode, take boxes and points, scale to source pixels.
 Both sides must find the same boxes before anything is timed. Masks: three objects' logits to a full-HD picture against
-OpenCV, NumPy and pycocotools. Sides take turns, in one process on one core; medians.
+OpenCV, NumPy and pycocotools. Frames: policy patches and segmenter planes against Pillow with NumPy or OpenCV, which
+must give the same numbers. Tokens: one greedy choice within the grammar against a masked argmax. Sides take turns, in
+one process on one core; medians.
 """
 
 from __future__ import annotations
@@ -24,10 +26,16 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import paired, pin_to_cores, write_result
 from segzero_rt.answer_format import VISION_REASONER
+from segzero_rt.answer_grammar import answer_automaton, token_table
 from segzero_rt.answer_parser import parse_answer, read_reply
+from segzero_rt.bundle import EMBEDDED, Bundle
+from segzero_rt.chat import Chat
 from segzero_rt.kernels.backend import resolve_kernels
 from segzero_rt.kernels.parse_prompts import encode_reply, parse_prompts
 from segzero_rt.kernels.postprocess_masks import postprocess_masks
+from segzero_rt.kernels.preprocess import Frame, InputTensor, preprocess
+from segzero_rt.kernels.sample_token import sample_token
+from segzero_rt.resampling import resize
 
 REAL = Path(__file__).resolve().parent / "../../shared/assets/model_outputs.jsonl.gz"
 INPUT_HW, SOURCE_HW = (840, 840), (1080, 1920)
@@ -36,6 +44,8 @@ _THINK = re.compile(r"<think>([^<]+)</think>")
 _ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _ROUNDS, _BATCH = 15, 2000
 _MASK_ROUNDS = 31
+FRAMES_HW = ((384, 384), (480, 640), (1080, 1920))
+_FRAME_ROUNDS = 41
 
 Decode = Callable[[str], Any]
 Peer = tuple[str, list[tuple[int, ...]]]
@@ -224,15 +234,86 @@ def measure_masks() -> dict[str, Any]:
     return results
 
 
+def peer_planes(frame: NDArray[np.uint8], tensor: InputTensor) -> NDArray[np.float32]:
+    """Pillow, then a table of 256 numbers per channel with OpenCV."""
+    resized = resize(frame, tensor.size_hw, tensor.resampler)
+    levels = np.arange(256, dtype=np.float32)[:, None] * np.float32(1 / 255)
+    table = (levels - np.asarray(tensor.image_mean, np.float32)) / np.asarray(tensor.image_std, np.float32)
+    planes = np.empty(tensor.shape, np.float32)
+    for channel in range(3):
+        cv2.LUT(cv2.extractChannel(resized, channel), np.ascontiguousarray(table[:, channel]), dst=planes[channel])
+    return planes
+
+
+def measure_frames() -> dict[str, Any]:
+    """Milliseconds from a frame to what the embedded bundle's policy and segmenter take, and a 7B policy."""
+    manifest = Bundle.open(EMBEDDED).manifest
+    small = manifest.policy
+    normal: dict[str, Any] = {"image_mean": small.image_mean, "image_std": small.image_std}
+    patches: dict[str, Any] = {"patch_size": small.patch_size, "merge_size": small.merge_size, **normal}
+    planes = InputTensor(
+        size_hw=manifest.segmenter.input_size_hw,
+        image_mean=manifest.segmenter.image_mean,
+        image_std=manifest.segmenter.image_std,
+    )
+    tensors = {
+        "policy": InputTensor(size_hw=small.input_size_hw, **patches),
+        "policy 840": InputTensor(size_hw=INPUT_HW, **patches),
+        "segmenter": planes,
+    }
+    host, reference = resolve_kernels("host"), resolve_kernels("reference")
+    results: dict[str, Any] = {}
+    for size_hw in FRAMES_HW:
+        pixels = np.random.default_rng(0).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+        frame = Frame.rgb(pixels)
+        for name, tensor in tensors.items():
+            sides: dict[str, Callable[[], object]] = {
+                "segzero": lambda tensor=tensor, frame=frame: preprocess(frame, tensor, kernels=host),
+                "Pillow + NumPy": lambda tensor=tensor, frame=frame: preprocess(frame, tensor, kernels=reference),
+            }
+            if not tensor.patch_size:
+                sides["Pillow + OpenCV"] = lambda tensor=tensor, pixels=pixels: peer_planes(pixels, tensor)
+            made = [side() for side in sides.values()]
+            if not all(np.array_equal(made[0], other) for other in made[1:]):
+                raise ValueError(f"expected the same numbers of every side, got others for {name} of {size_hw}")
+            key = f"{name}, {size_hw[0]} x {size_hw[1]}"
+            results[key] = _compared(take_turns(sides, _FRAME_ROUNDS), "segzero", 1e3, 1)
+    return results
+
+
+def measure_tokens() -> dict[str, Any]:
+    """Microseconds for one greedy choice inside an answer and inside the thinking, of the embedded bundle's tokens."""
+    bundle = Bundle.open(EMBEDDED)
+    tokens = Chat(bundle.file(bundle.manifest.tokenizer)).token_bytes()
+    automaton = answer_automaton(VISION_REASONER, INPUT_HW)
+    grammar = token_table(automaton, tokens, bundle.manifest.policy.eos_token_ids)
+    logits = np.random.default_rng(0).normal(0, 3, (1, len(tokens))).astype(np.float32)
+    host, results = resolve_kernels("host"), {}
+    for name, text in (("thinking", b"<think> a"), ("answer", b'<answer>[{"bbox_2d": [1')):
+        states = np.array([automaton.walk(text)], np.int32)
+        allowed = grammar.allowed_tokens(int(states[0]))
+        sides: dict[str, Callable[[], object]] = {
+            "segzero": lambda states=states: [
+                sample_token(logits, grammar=grammar, states=states, kernels=host) for _ in range(100)
+            ],
+            "NumPy": lambda allowed=allowed: [np.where(allowed, logits[0], -np.inf).argmax() for _ in range(100)],
+        }
+        results[name] = _compared(take_turns(sides, _FRAME_ROUNDS), "segzero", 1e6, 100)
+    return {"vocabulary": len(tokens), "states": grammar.ended + 1, **results}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(arguments)
+    parser.add_argument("--inputs", action="store_true", help="only frames and tokens, into a result file of their own")
+    options = parser.parse_args(arguments)
     pin_to_cores(1)
     cv2.setNumThreads(1)
-    document: dict[str, Any] = {"kernels": "host", "frame_hw": FRAME_HW, "mask_hw": MASK_HW, "masks": measure_masks()}
-    if REAL.exists():
-        document |= {"parser": measure_parser(), "rfc8259_documents": measure_documents()}
-    path = write_result("kernels", document)
+    document: dict[str, Any] = {"kernels": "host", "frames": measure_frames(), "tokens": measure_tokens()}
+    if not options.inputs:
+        document |= {"frame_hw": FRAME_HW, "mask_hw": MASK_HW, "masks": measure_masks()}
+        if REAL.exists():
+            document |= {"parser": measure_parser(), "rfc8259_documents": measure_documents()}
+    path = write_result("kernels", document, variant="inputs" if options.inputs else "")
     print(f"result: {path}")
     print(json.dumps(document))
     return 0
