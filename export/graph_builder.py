@@ -194,15 +194,17 @@ class GraphBuilder:
         *,
         flat: bool = False,
         bits: int = 0,
+        in_floats: bool = False,
     ) -> str:
         """`x @ weight.T + bias`, with `weight` as PyTorch keeps it: [out, in].
 
         Args:
             flat: `x` has two axes, so that one Gemm can do product and bias.
             bits: 8 where 4 would cost too much; by default what the storage says.
+            in_floats: whatever the storage.
         """
         weight = weight if isinstance(weight, Weight) else Weight.of(weight)
-        if self.storage in QUANTIZED_STORAGES and weight.shape[1] >= INT8_FROM_WIDTH:
+        if not in_floats and self.storage in QUANTIZED_STORAGES and weight.shape[1] >= INT8_FROM_WIDTH:
             four = self.storage == "int4" and bits != 8
             return self._four_bit_linear(x, name, weight, bias) if four else self._int8_linear(x, name, weight, bias)
         self.products.add("/".join([*self._path, name]))

@@ -15,6 +15,9 @@ Where this departs from transformers' `Sam2VisionModel` (same numbers, other ari
    from none, where a product nearby takes its weight in (see `Folds`);
 6. flavour "ort" goes through the first blocks in parts that fit into a cache (see `PIECE_BYTES`);
 7. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
+
+Stored in int8, the pyramid and the narrow first blocks' way back from their hidden layer stay in floats: masks follow
+them most (of the gate's masks the worst kept 0.92 of its IoU instead of 0.83), and they take no longer so.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from segzero_rt.graph_spec import GraphSpec
 
 from .edgetam import RepVit
 from .edgetam_graph import add_repvit
-from .graph_builder import GraphBuilder
+from .graph_builder import INT8_FROM_WIDTH, GraphBuilder
 from .segmenter_windows import (
     Indices,
     Tokens,
@@ -230,7 +233,8 @@ class _Block:
         residual = builder.node("Add", [residual, mixed])
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
-        hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True)
+        narrow = int(block.dim_out) < INT8_FROM_WIDTH
+        hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True, in_floats=narrow)
         return replace(self._after(tokens, groups), name=builder.node("Add", [residual, hidden]), width=block.dim_out)
 
     def _attend(self, normed: str, slots: int) -> tuple[str, int]:
@@ -371,7 +375,9 @@ class _Pyramid:
         for index, name in ((0, "high_res_features_0"), (1, "high_res_features_1")):
             weight, bias = self._readers[index]
             if index in self._top_down:
-                level = self._builder.linear(self._level(index, 0.0), f"reader.{index}", weight, bias, flat=True)
+                level = self._builder.linear(
+                    self._level(index, 0.0), f"reader.{index}", weight, bias, flat=True, in_floats=True
+                )
             else:
                 lateral, lateral_bias = self._laterals[index]
                 merged = (weight @ lateral, bias + weight @ lateral_bias)
@@ -398,7 +404,7 @@ class _Pyramid:
         parts = []
         for place, tokens in enumerate(self._parts[index]):
             with self._builder.same_weights(place > 0):
-                rows = self._builder.linear(tokens.name, name, weight, bias, flat=True)
+                rows = self._builder.linear(tokens.name, name, weight, bias, flat=True, in_floats=True)
             parts.append(replace(tokens, name=rows, width=len(bias)))
         return join(self._builder, parts).name
 
