@@ -72,8 +72,8 @@ def quality(results: Path) -> str:
     )
 
 
-def _scores(document: dict[str, Any]) -> list[str]:
-    return [f"{document['giou']:.3f}", *(f"{document['by_kind'][kind]['giou']:.3f}" for kind in KINDS)]
+def _scores(document: dict[str, Any], of_kind: Callable[[Any], float] = lambda kind: kind["giou"]) -> list[str]:
+    return [f"{document['giou']:.3f}", *(f"{of_kind(document['by_kind'][kind]):.3f}" for kind in KINDS)]
 
 
 def speed(results: Path) -> str:
@@ -117,6 +117,15 @@ def splits(results: Path) -> str:
         rows.append(
             [f"{split}: {what}", f"{row['giou']:.3f}", interval, f"{same:.3f}", f"{_percent(row['false_none_rate'])}"]
         )
+    return table(rows)
+
+
+def brevity(results: Path) -> str:
+    """gIoU behind thinking that words were left out of."""
+    name, document = newest("thinking_brevity", results)
+    rows = [[f"thinking, int8 (`{name}`)", "words and marks", "gIoU", *KINDS]]
+    for rule, row in document["rules"].items():
+        rows.append([rule, f"{row['marks']:.1f}", *_scores(row, lambda kind: kind)])
     return table(rows)
 
 
@@ -215,7 +224,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"quality": quality, "speed": speed},
-    "benchmarks/README.md": {"splits": splits, "stages": stages, "decoders": decoders, "predictor": predictor},
+    "benchmarks/README.md": {
+        "splits": splits,
+        "stages": stages,
+        "decoders": decoders,
+        "predictor": predictor,
+        "brevity": brevity,
+    },
 }
 
 
