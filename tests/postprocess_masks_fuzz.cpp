@@ -1,6 +1,7 @@
 // Random jobs for postprocess_masks, to be run with -fsanitize=address,undefined: every array has exactly its size.
 // Arguments: how many jobs, and the seed. Exits with a message where a result contradicts itself.
 #include "../segzero_rt/kernels/postprocess_masks.cu"
+#include "fuzz_check.hpp"
 
 #include <algorithm>
 #include <cstdio>
@@ -10,12 +11,6 @@
 using namespace segzero;
 
 namespace {
-
-void check(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "broken: %s\n", what);
-    std::abort();
-}
 
 float random_logit(std::mt19937& random) {
     switch (random() % 12) {

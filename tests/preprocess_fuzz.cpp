@@ -3,6 +3,7 @@
 #include "cuda_on_host.hpp"
 //
 #include "../segzero_rt/kernels/preprocess.cu"
+#include "fuzz_check.hpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,12 +12,6 @@
 using namespace segzero;
 
 namespace {
-
-void check(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "broken: %s\n", what);
-    std::abort();
-}
 
 void run_kernels(const FrameJob& job) {
     Axis across, down;

@@ -3,6 +3,7 @@
 #include "cuda_on_host.hpp"
 //
 #include "../segzero_rt/kernels/sample_token.cu"
+#include "fuzz_check.hpp"
 
 #include <cmath>
 #include <cstdio>
@@ -12,12 +13,6 @@
 using namespace segzero;
 
 namespace {
-
-void check(bool holds, const char* what) {
-    if (holds) return;
-    std::fprintf(stderr, "broken: %s\n", what);
-    std::abort();
-}
 
 float random_logit(std::mt19937& random) {
     switch (random() % 16) {
