@@ -31,6 +31,7 @@ from training.experiments.shared_rows import split_rows, split_scenes
 from training.experiments.supervised import label_text
 from training.grpo_data import as_parts
 from training.grpo_presets import debug
+from training.picture_memory import TowerMemories
 from training.policy_model import IMAGE_MEAN, IMAGE_STD
 from training.visual_questions import PICTURE_QUESTIONS, ask_about_picture
 
@@ -67,6 +68,18 @@ def test_a_picture_is_looked_at_once_and_replies_do_not_depend_on_their_batch(po
     together = policy.answer(asked)
     assert together == policy.answer(asked, num_at_once=1)
     assert len(set(together)) > 1, "the questions must matter, or this proves nothing"
+
+
+def test_policies_with_one_tower_share_what_it_saw_and_reply_as_without(policy: LivePolicy, tmp_path: Path) -> None:
+    asked = [Asked(text=f"the cup {number}", picture=random_picture(number, (SIDE, SIDE))) for number in range(3)]
+    for name in ("one", "other"):
+        policy.model.save_pretrained(tmp_path / name)
+        policy.processor.save_pretrained(tmp_path / name)
+    memories = TowerMemories(len(asked))
+    for name in ("one", "other"):
+        live = LivePolicy.load(tmp_path / name, policy.preset, memories=memories)
+        assert live.answer(asked) == policy.answer(asked)
+    assert len(memories.of(policy.model.model.visual)) == len(asked)
 
 
 def test_a_reply_goes_on_where_it_is_made_to_begin(policy: LivePolicy) -> None:

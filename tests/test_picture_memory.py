@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="needs segzero-rt[train]")
 
 import torch
 
-from training.picture_memory import PictureMemory, is_frozen
+from training.picture_memory import PictureMemory, TowerMemories, is_frozen
 
 GRID = (1, 2, 2)
 
@@ -81,3 +81,26 @@ def test_a_tower_is_frozen_when_no_weight_of_it_is_trained() -> None:
     assert is_frozen(tower)
     tower[1].bias.requires_grad_(True)
     assert not is_frozen(tower)
+
+
+def _tower(value: float, side: int = 2, scale: float = 1.0) -> Any:
+    tower = torch.nn.Linear(side, side)
+    tower.register_buffer("scale", torch.tensor(scale))
+    torch.nn.init.constant_(tower.weight, value)
+    torch.nn.init.zeros_(tower.bias)
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("other", "shared"),
+    [
+        pytest.param(_tower(1.0), True, id="the same weights"),
+        pytest.param(_tower(1.0 + 2**-23), False, id="one bit in a weight"),
+        pytest.param(_tower(1.0, scale=2.0), False, id="a buffer without axes"),
+        pytest.param(_tower(1.0, side=3), False, id="another size"),
+        pytest.param(_tower(1.0).double(), False, id="another precision"),
+    ],
+)
+def test_towers_share_a_memory_when_their_weights_are_the_same(other: Any, shared: bool) -> None:
+    memories = TowerMemories(4)
+    assert (memories.of(_tower(1.0)) is memories.of(other)) == shared

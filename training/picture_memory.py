@@ -59,6 +59,26 @@ class PictureMemory:
         return tuple(found[key] for key in keys)
 
 
+class TowerMemories:
+    """A memory for every vision tower, by its weights: policies with the same frozen tower share what it saw.
+
+    Args:
+        capacity: pictures that each memory keeps.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._memories: dict[bytes, PictureMemory] = {}
+
+    def of(self, tower: nn.Module) -> PictureMemory:
+        """The memory of every tower that has these weights; they have to stay as they are."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weight in tower.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return self._memories.setdefault(digest.digest(), PictureMemory(self._capacity))
+
+
 def is_frozen(tower: nn.Module) -> bool:
     """Whether nothing in the tower is trained."""
     return not any(weight.requires_grad for weight in tower.parameters())

@@ -27,7 +27,7 @@ from segzero_rt.preprocess import Preprocessor
 from ..grpo_model import load_policy
 from ..grpo_presets import GrpoPreset, Precision, tabletop
 from ..grpo_processor import IMAGE_TOKEN, PictureProcessor, load_processor
-from ..picture_memory import PictureMemory
+from ..picture_memory import PictureMemory, TowerMemories
 from ..policy_model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH
 from ..rollout import Sampling, sample_replies
 from ..shared_prompt import Prompts, SharedPromptPolicy
@@ -70,16 +70,22 @@ class LivePolicy:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: str | Path, preset: GrpoPreset | None = None) -> LivePolicy:
+    def load(
+        cls, folder: str | Path, preset: GrpoPreset | None = None, *, memories: TowerMemories | None = None
+    ) -> LivePolicy:
         """Loads a policy folder in float32, as the runtime computes.
+
+        Args:
+            memories: of earlier policies that are asked about the same pictures; this one is not to be trained then.
 
         Raises:
             SegZeroError: the folder holds no policy.
         """
         preset = tabletop() if preset is None else preset
         whole = replace(preset, precision=Precision.FLOAT32, lora=None, freeze_vision=False)
-        processor = load_processor(str(folder))
-        return cls(load_policy(whole, str(folder)), processor, preset)
+        model, processor = load_policy(whole, str(folder)), load_processor(str(folder))
+        memory = None if memories is None else memories.of(model.model.visual)
+        return cls(model, processor, preset, memory=memory)
 
     def answer(
         self, asked: Sequence[Asked], *, reply_start: str = "", told: str = "", num_at_once: int = ASKED_AT_ONCE

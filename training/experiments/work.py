@@ -26,6 +26,7 @@ from segzero_rt.errors import SegZeroError
 from ..grpo import POLICY_FOLDER, GrpoRun
 from ..grpo_callbacks import METRICS_NAME, read_metrics
 from ..grpo_observer import BOX_GIOU
+from ..picture_memory import TowerMemories
 from ..rows import TrainingRow
 from .design import Arm
 from .experiment import end_with
@@ -50,7 +51,7 @@ from .measures import mean, read_scores, score_rows, write_scores
 from .reinforced import step_seconds, train_reinforced
 from .retention import retention_questions, score_retention
 from .settings import read_settings
-from .shared_rows import split_rows, split_scenes
+from .shared_rows import OOD_SPLITS, split_rows, split_scenes
 from .supervised import CHECKPOINT_NAME, SupervisedRun, SupervisedTraining
 
 POLL_S = 1.0
@@ -68,6 +69,9 @@ class Worker:
 
     def __init__(self, workplace: Workplace, policy: str) -> None:
         self.workplace, self.preset, self.policy = workplace, workplace.preset, policy
+        preset = workplace.preset
+        pictures = preset.test_questions + len(OOD_SPLITS) * preset.ood_questions + preset.retention_pictures
+        self._seen = TowerMemories(pictures)
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Does those that nobody else does; returns when all are done."""
@@ -239,7 +243,7 @@ class Worker:
         if job.trained:
             (trained,) = (one for one in all_jobs(self.preset) if one.name == job.trained)
             policy = self.workplace.job_folder(trained) / RUN_FOLDER / POLICY_FOLDER
-        live = LivePolicy.load(policy, self.preset.grpo)
+        live = LivePolicy.load(policy, self.preset.grpo, memories=self._seen)
         means = {}
         for split in MEASURED:
             path = self.workplace.job_folder(job) / f"{split}.jsonl"
