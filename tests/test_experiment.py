@@ -172,10 +172,19 @@ def test_test_questions_are_asked_when_all_is_chosen(tmp_path: Path) -> None:
     assert {job.arm for job in finals if workplace.is_ready(job)} == {Arm.SFT_ANSWERS}
     done(workplace, *sweeps, validation=0.5)
     assert all(workplace.is_ready(job) for job in finals)
-    done(workplace, *finals[1:])
-    assert JobKind.MEASURE not in ready(), "one training is not done"
-    done(workplace, finals[0])
-    assert JobKind.MEASURE in ready()
+    arms, once = [job for job in finals if not job.once], [job for job in finals if job.once]
+    measured = lambda: {label(job) for job in of_kind(preset, JobKind.MEASURE) if workplace.is_ready(job)}  # noqa: E731
+    done(workplace, *arms[1:])
+    assert not measured(), "one training is not done"
+    done(workplace, arms[0])
+    assert measured() == {"base", "base_answers", *(arm.value for arm in Arm)}
+    done(workplace, *(job for job in once if job.arm is Arm.SFT_ANSWERS))
+    assert measured() == {"base", "base_answers", *(arm.value for arm in Arm), "sft_answers_once"}
+
+
+def test_what_no_claim_is_about_comes_last() -> None:
+    jobs = long_jobs(tabletop())
+    assert [job.once for job in jobs] == sorted(job.once for job in jobs)
 
 
 @pytest.mark.parametrize(
@@ -395,6 +404,32 @@ def test_the_report_says_what_the_scores_say(tmp_path: Path) -> None:
     before = (tmp_path / "curves.svg").read_bytes()
     write_report(workplace, settings_of(), whole)
     assert (tmp_path / "curves.svg").read_bytes() == before, "the same figures make the same picture"
+
+
+def test_a_report_of_what_is_measured_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--preset", "debug", "--policy", str(TABLETOP_POLICY), "--out", str(tmp_path), "--report", "--json"]
+    assert main(["train", "experiment", *options]) == 2
+    assert "an experiment that has begun" in capsys.readouterr().out
+    workplace = finished(tmp_path)
+    claim_folder(tmp_path, settings_of())
+    whole = cost.estimate(long_jobs(debug()), debug(), cost.read_timings(workplace), 2)
+    (tmp_path / "cost.json").write_text(json.dumps(whole))
+    undone(workplace, "final-sft_reasoning_once-2", "measure-sft_reasoning_once-2", "measure-sft_answers_once-1")
+    assert main(["train", "experiment", *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["left_out"] == ["sft_answers_once", "sft_reasoning_once"]
+    assert document["policies"].keys() == {"base", "base_answers", *(arm.value for arm in Arm)}
+    assert [len(document["curves"][name]) for name in ("sft_reasoning", "sft_reasoning_once")] == [2, 1]
+    assert len(document["claims"]) == len(CLAIMS)
+    assert "Not measured yet: sft_answers_once, sft_reasoning_once." in (tmp_path / "report.md").read_text()
+    undone(workplace, "measure-grpo_answers-2")
+    assert main(["train", "experiment", *options]) == 2
+    assert "grpo_answers not yet" in capsys.readouterr().out
+
+
+def undone(workplace: Workplace, *names: str) -> None:
+    for name in names:
+        (workplace.folder / "jobs" / name / "done.json").unlink()
 
 
 # -- end to end --------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ presets: tabletop  the shipped pair's base policy and GRPO's preset of the same 
 EPILOG = """examples:
   segzero train experiment --out runs/experiment --estimate
   segzero train experiment --out runs/experiment
+  segzero train experiment --out runs/experiment --report
   segzero train experiment --preset debug --out /tmp/debug"""
 DEFAULT_HOURS = 10.0
 
@@ -52,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-hours", type=_hours, default=DEFAULT_HOURS, metavar="H", help="longest estimate (default: 10)"
     )
     parser.add_argument("--estimate", action="store_true", help="tell the cost and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of what is measured so far and stop")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
     changes = parser.add_argument_group("changes to the preset")
     changes.add_argument("--steps", type=positive_integer, metavar="N", help="GRPO's optimiser steps of a final run")
@@ -65,7 +67,7 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         SegZeroError: settings that do not fit, too long an estimate, or a job that failed.
     """
-    from .experiment import run_experiment
+    from .experiment import report_experiment, run_experiment
     from .settings import Settings
 
     if arguments.out.exists() and not arguments.out.is_dir():
@@ -77,9 +79,13 @@ def execute(arguments: argparse.Namespace) -> int:
         changes={name: value for name, value in changes.items() if value is not None},
         policy=arguments.policy,
     )
-    document = run_experiment(
-        arguments.out, settings, num_workers=arguments.workers or len(os.sched_getaffinity(0)),
-        max_hours=arguments.max_hours, only_estimate=arguments.estimate,
+    document = (
+        report_experiment(arguments.out, settings)
+        if arguments.report
+        else run_experiment(
+            arguments.out, settings, num_workers=arguments.workers or len(os.sched_getaffinity(0)),
+            max_hours=arguments.max_hours, only_estimate=arguments.estimate,
+        )
     )  # fmt: skip
     if document is None:
         told: dict[str, Any] = json.loads((arguments.out / "cost.json").read_text(encoding="utf-8"))

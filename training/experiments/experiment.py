@@ -65,9 +65,26 @@ def run_experiment(
             workplace, Phase.LONG, num_workers,
             weights={job.name: cost.job_seconds(job, settings.preset, timings) for job in jobs},
         )  # fmt: skip
-        from .report import write_report
+        return _report(workplace, settings, whole)
 
-        return write_report(workplace, settings, whole)
+
+def report_experiment(folder: Path, settings: Settings) -> dict[str, Any]:
+    """The report's document of what is measured so far; others may be at work in the folder.
+
+    Raises:
+        SegZeroError: the folder holds another experiment, or too little is measured yet for the claims.
+    """
+    if not (folder / COST_NAME).is_file():
+        raise SegZeroError(f"expected an experiment that has begun in {folder}; call it without --report first")
+    claim_folder(folder, settings)
+    told: dict[str, Any] = json.loads((folder / COST_NAME).read_text(encoding="utf-8"))
+    return _report(Workplace(folder, settings.preset), settings, told)
+
+
+def _report(workplace: Workplace, settings: Settings, told: dict[str, Any]) -> dict[str, Any]:
+    from .report import write_report
+
+    return write_report(workplace, settings, told)
 
 
 def _do(workplace: Workplace, phase: Phase, num_workers: int, *, weights: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What an experiment that is done has shown, as one JSON document."""
+"""What an experiment has shown, as one JSON document."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from segzero_rt.environment import environment_card
+from segzero_rt.errors import SegZeroError
 
 from ..questions import REASONING_KINDS
 from .design import Arm
@@ -44,11 +45,30 @@ class Measured:
         return difference([(self.scores[first][split], self.scores[second][split]) for split in splits])
 
 
+def missing(workplace: Workplace) -> list[str]:
+    """Labels of policies, some of whose seeds are not measured yet; in order."""
+    jobs = _jobs(workplace, JobKind.MEASURE)
+    return list(dict.fromkeys(label(job) for job in jobs if workplace.result(job) is None))
+
+
 def read_measured(workplace: Workplace) -> Measured:
-    """Reads what the measuring jobs have written; all of them are done."""
+    """Reads what the measuring jobs have written, of policies whose every seed is measured.
+
+    Raises:
+        SegZeroError: a policy that a claim is about is not among them.
+    """
+    left_out = missing(workplace)
+    needed = {name for claim in CLAIMS for name in (claim.first, claim.second)}
+    if unknown := [name for name in left_out if name in needed]:
+        raise SegZeroError(
+            f"expected {', '.join(sorted(needed))} to be measured, {', '.join(unknown)} not yet; call the experiment "
+            "again without --report: it goes on"
+        )
     scores: dict[str, dict[str, list[list[Score]]]] = {}
     for job in _jobs(workplace, JobKind.MEASURE):
         name = label(job)
+        if name in left_out:
+            continue
         for split in MEASURED:
             found = read_scores(workplace.job_folder(job) / f"{split}.jsonl")
             scores.setdefault(name, {}).setdefault(split, []).append(found)
@@ -62,6 +82,7 @@ def findings(workplace: Workplace, settings: Settings, cost: Mapping[str, Any]) 
         "settings": settings.to_json(),
         "environment": environment_card(PACKAGES),
         "cost": dict(cost),
+        "left_out": missing(workplace),
         "rates": _rates(workplace),
         "curves": _curves(workplace),
         "policies": {name: _policy(measured, name) for name in measured.scores},
@@ -85,12 +106,11 @@ def _rates(workplace: Workplace) -> dict[str, Any]:
 
 
 def _curves(workplace: Workplace) -> dict[str, list[list[list[float]]]]:
-    """Label → for each seed, (samples, validation) pairs."""
+    """Label → for each seed that is done, (samples, validation) pairs."""
     curves: dict[str, list[list[list[float]]]] = {}
     for job in _jobs(workplace, JobKind.FINAL):
-        result = workplace.result(job)
-        assert result is not None
-        curves.setdefault(label(job), []).append(result[CURVE])
+        if (result := workplace.result(job)) is not None:
+            curves.setdefault(label(job), []).append(result[CURVE])
     return curves
 
 
@@ -119,6 +139,7 @@ def _split(arm: Scores) -> dict[str, Any]:
 def _differences(measured: Measured) -> list[dict[str, Any]]:
     """Every pair of arms, and every policy against the base, on every split."""
     pairs = [(first.value, second.value) for first, second in PAIRS]
+    pairs = [pair for pair in pairs if measured.scores.keys() >= set(pair)]
     pairs += [(name, BASE) for name in measured.scores if name != BASE]
     columns: dict[str, Sequence[str]] = {TEST: (TEST,), **{split: (split,) for split in OOD_SPLITS}}
     columns |= {OOD_MEAN: OOD_SPLITS, RETENTION: (RETENTION,)}

@@ -68,7 +68,7 @@ class Job:
 
 
 def all_jobs(preset: ExperimentPreset) -> list[Job]:
-    """Everything there is to do, in order; within a kind the longest first."""
+    """Everything there is to do, in order."""
     return [*timing_jobs(), *long_jobs(preset)]
 
 
@@ -91,23 +91,25 @@ def long_jobs(preset: ExperimentPreset) -> list[Job]:
         for arm in Arm
         for seed in preset.seeds
     ]
-    finals += [
+    bases = [
+        Job(kind=JobKind.MEASURE, name="measure-base"),
+        Job(kind=JobKind.MEASURE, name="measure-base_answers", reply_start=Arm.SFT_ANSWERS.reply_start),
+    ]
+    once = [
         Job(kind=JobKind.FINAL, name=f"final-{arm.value}_{ONCE}-{seed}", arm=arm, seed=seed, once=True)
         for arm in SFT_ARMS
         for seed in preset.seeds
     ]
-    measured = [
-        Job(kind=JobKind.MEASURE, name="measure-base"),
-        Job(kind=JobKind.MEASURE, name="measure-base_answers", reply_start=Arm.SFT_ANSWERS.reply_start),
-    ]
-    measured += [
-        Job(
-            kind=JobKind.MEASURE, name=f"measure-{job.name.removeprefix('final-')}", arm=job.arm, seed=job.seed,
-            once=job.once, trained=job.name, reply_start=_arm(job).reply_start,
-        )
-        for job in finals
-    ]  # fmt: skip
-    return [*rows, *sweeps, *finals, *measured]
+    # No claim is about these, so that they come last.
+    return [*rows, *sweeps, *finals, *bases, *map(_measurement, finals), *once, *map(_measurement, once)]
+
+
+def _measurement(job: Job) -> Job:
+    """Of the policy that a final job leaves."""
+    return Job(
+        kind=JobKind.MEASURE, name=f"measure-{job.name.removeprefix('final-')}", arm=job.arm, seed=job.seed,
+        once=job.once, trained=job.name, reply_start=_arm(job).reply_start,
+    )  # fmt: skip
 
 
 class Phase(str, Enum):
@@ -200,7 +202,8 @@ class Workplace:
         if job.kind is JobKind.FINAL:
             return [rows[TRAIN], *(one for one in self._jobs(JobKind.SWEEP) if one.arm is job.arm)]
         if job.kind is JobKind.MEASURE:  # nothing that is chosen may have seen these questions
-            return [*(rows[split] for split in MEASURED), *self._jobs(JobKind.FINAL)]
+            finals = [one for one in self._jobs(JobKind.FINAL) if not one.once or one.name == job.trained]
+            return [*(rows[split] for split in MEASURED), *finals]
         return []
 
 

@@ -17,7 +17,11 @@ REPORT_JSON, REPORT_MD, CURVES_NAME, RATES_NAME = "report.json", "report.md", "c
 
 
 def write_report(workplace: Workplace, settings: Settings, cost: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes all files of the report of an experiment that is done; returns the document."""
+    """Writes all files of the report; returns the document.
+
+    Raises:
+        SegZeroError: too little is measured yet for the claims.
+    """
     document = findings(workplace, settings, cost)
     plot_curves(workplace.folder / CURVES_NAME, document["curves"])
     plot_rates(workplace.folder / RATES_NAME, {arm: rates["tried"] for arm, rates in document["rates"].items()})
@@ -43,6 +47,8 @@ def render(document: Mapping[str, Any]) -> str:
     )
     cost = document["cost"]
     estimated = f"Estimated before it began: {cost['hours']:.1f} hours, {cost['workers']} processes of one thread."
+    if document["left_out"]:
+        about += f" Not measured yet: {', '.join(document['left_out'])}."
     parts = [
         f"# Experiment `{settings['name']}`: GRPO against supervised fine-tuning", about,
         "## Claims", _claims(document), "## Policies", _policies(document), "## Differences", _differences(document),
