@@ -46,6 +46,7 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
+    from ..picture_memory import TowerMemories
     from .intervals import difference, mean_interval
     from .live_policy import LivePolicy
     from .measures import score_rows, summary, write_scores
@@ -57,7 +58,11 @@ def evaluate_folders(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = split_rows(arguments.rows, arguments.split, seed=arguments.seed, num_rows=arguments.questions, kinds=kinds)
     start = EMPTY_THINKING if arguments.without_reasoning else ""
     folders = list(dict.fromkeys([*([arguments.base] if arguments.base else []), *arguments.policies]))
-    scores = {folder: score_rows(LivePolicy.load(folder), rows, reply_start=start, told=folder) for folder in folders}
+    memories = TowerMemories(len(rows))
+    scores = {
+        folder: score_rows(LivePolicy.load(folder, memories=memories), rows, reply_start=start, told=folder)
+        for folder in folders
+    }
     if arguments.scores is not None:
         arguments.scores.mkdir(parents=True, exist_ok=True)
         for number, folder in enumerate(folders):

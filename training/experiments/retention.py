@@ -24,6 +24,7 @@ from segzero_rt.commands.options import positive_integer
 from segzero_rt.errors import SegZeroError
 
 from ..grounding_data import SIZE_HW
+from ..picture_memory import TowerMemories
 from ..questions import ATTRIBUTE, NAME, RELATION, Asker
 from ..rewards import Case
 from ..rows import RowObject
@@ -184,8 +185,9 @@ def retention_of_folders(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     cache = split_scenes(arguments.rows, arguments.split, seed=arguments.seed, num_scenes=arguments.pictures)
     questions = retention_questions(cache, arguments.pictures, arguments.split)
+    memories = TowerMemories(arguments.pictures)
     scores = {
-        folder: score_retention(LivePolicy.load(folder), cache, questions, told=folder)
+        folder: score_retention(LivePolicy.load(folder, memories=memories), cache, questions, told=folder)
         for folder in (arguments.base, *arguments.policies)
     }
     policies = [
