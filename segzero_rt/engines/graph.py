@@ -221,7 +221,7 @@ class EngineGraph(Graph):
                 raise GraphError(f"expected graph {self.spec.label} to run, {self._library} refuses")
             for name, array in outputs.items():
                 self._device.download(self._buffers[shared.get(name, name)], array)
-            self._device.wait()
+            self._device.synchronize()
 
     def _buffer(self, name: str, array: Array) -> DeviceBuffer:
         """Allocated once, for the largest shape of any profile; outputs, whose shapes follow, grow with their use."""
