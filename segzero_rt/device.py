@@ -11,7 +11,7 @@ waits. Memory is taken from the driver once and kept: freeing it would make the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, SupportsInt
 
@@ -47,11 +47,15 @@ class Driver(Protocol):
     def copy_in(self, address: int, array: NDArray[Any]) -> None: ...
     def copy_out(self, array: NDArray[Any], address: int) -> None: ...
     def copy_within(self, to: int, source: int, num_bytes: int) -> None: ...
+    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, row_bytes: int, rows: int) -> None: ...
     def fill(self, address: int, value: int, num_bytes: int) -> None: ...
     def load(self, image: bytes) -> Any: ...
     def find(self, module: Any, name: str) -> Any: ...
     def launch(self, function: Any, grid: Dimensions, block: Dimensions, packed: bytes, shared_bytes: int) -> None: ...
+    def call(self, work: Callable[[], None]) -> None: ...
+    def fork(self) -> Driver: ...
     def record(self) -> Any: ...
+    def done(self, event: Any) -> bool: ...
     def wait_for(self, event: Any) -> None: ...
     def elapsed_ms(self, start: Any, end: Any) -> float: ...
     def synchronize(self) -> None: ...
@@ -213,6 +217,24 @@ class Device:
         with self.current():
             self.driver.copy_within(memory.address, source.address, source.num_bytes)
 
+    def copy_rows(
+        self, source: Memory, memory: Memory, *, row_bytes: int, rows: int, pitch_bytes: int, offset_bytes: int = 0
+    ) -> None:
+        """Enqueues a copy of rows that lie one after another to rows that lie `pitch_bytes` apart.
+
+        Raises:
+            ValueError: less memory than that on either side, or rows that would overlap.
+        """
+        end = offset_bytes + (rows - 1) * pitch_bytes + row_bytes
+        if row_bytes > pitch_bytes or offset_bytes < 0 or rows * row_bytes > source.num_bytes or end > memory.num_bytes:
+            raise ValueError(
+                f"expected {rows} rows of {row_bytes} bytes, {pitch_bytes} apart from {offset_bytes} on, to fit from "
+                f"{source.num_bytes} bytes into {memory.num_bytes}"
+            )
+        to = memory.address + offset_bytes
+        with self.current():
+            self.driver.copy_rows(to, pitch_bytes, source.address, row_bytes, row_bytes, rows)
+
     def fill(self, memory: Memory, value: int = 0) -> None:
         """Enqueues setting every byte of the memory to a value from 0 to 255."""
         if memory.num_bytes:
@@ -258,10 +280,29 @@ class Device:
         with self.current():
             self.driver.launch(kernel.function, grid, block, packed, shared_bytes)
 
+    def call(self, work: Callable[[], None]) -> None:
+        """Calls what enqueues another library's work on this stream, such as a graph's run."""
+        with self.current():
+            self.driver.call(work)
+
+    def fork(self) -> Device:
+        """The same device with another stream, and a pool and count of its own."""
+        with self.current():
+            return Device(self.driver.fork())
+
     def record(self) -> Event:
         """A mark behind all that has been enqueued."""
         with self.current():
             return Event(self.driver.record())
+
+    def reached(self, event: Event) -> bool:
+        """Whether all before a mark is done. Never waits.
+
+        Raises:
+            BackendError: something before it has failed.
+        """
+        with self.current():
+            return self.driver.done(event.handle)
 
     def wait_for(self, event: Event) -> None:
         """Enqueues that the stream waits for another device object's mark; the host does not."""
@@ -293,7 +334,7 @@ class CudaDriver:
     """A device through pycuda, with a stream of its own on the primary context."""
 
     def __init__(self, cuda: Any, device: Any) -> None:
-        self._cuda, self._context = cuda, device.retain_primary_context()
+        self._cuda, self._handle, self._context = cuda, device, device.retain_primary_context()
         self.name = str(device.name())
         major, minor = device.compute_capability()
         self.capability = f"{major}.{minor}"
@@ -357,6 +398,14 @@ class CudaDriver:
     def copy_within(self, to: int, source: int, num_bytes: int) -> None:
         self._cuda.memcpy_dtod_async(to, source, num_bytes, self._stream)
 
+    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, row_bytes: int, rows: int) -> None:
+        copy = self._cuda.Memcpy2D()
+        copy.set_src_device(source)
+        copy.set_dst_device(to)
+        copy.src_pitch, copy.dst_pitch = pitch, to_pitch
+        copy.width_in_bytes, copy.height = row_bytes, rows
+        copy(self._stream)
+
     def fill(self, address: int, value: int, num_bytes: int) -> None:
         self._cuda.memset_d8_async(address, value, num_bytes, self._stream)
 
@@ -370,8 +419,17 @@ class CudaDriver:
         function.prepare([f"{len(packed)}s"])
         function.prepared_async_call(grid, block, self._stream, packed, shared_size=shared_bytes)
 
+    def call(self, work: Callable[[], None]) -> None:
+        work()
+
+    def fork(self) -> CudaDriver:
+        return CudaDriver(self._cuda, self._handle)
+
     def record(self) -> Any:
         return self._cuda.Event().record(self._stream)
+
+    def done(self, event: Any) -> bool:
+        return bool(event.query())
 
     def wait_for(self, event: Any) -> None:
         self._stream.wait_for_event(event)

@@ -7,7 +7,7 @@ only real ones do: threads that run at the same time and in any order, caches, w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,10 @@ class HostDriver:
         self._check(to, num_bytes)
         ctypes.memmove(to, source, num_bytes)
 
+    def copy_rows(self, to: int, to_pitch: int, source: int, pitch: int, row_bytes: int, rows: int) -> None:
+        for row in range(rows):
+            self.copy_within(to + row * to_pitch, source + row * pitch, row_bytes)
+
     def fill(self, address: int, value: int, num_bytes: int) -> None:
         self._check(address, num_bytes)
         ctypes.memset(address, value, num_bytes)
@@ -107,9 +111,20 @@ class HostDriver:
         for allocation in self.allocations:
             allocation.check()
 
+    def call(self, work: Callable[[], None]) -> None:
+        work()
+
+    def fork(self) -> HostDriver:
+        other = HostDriver()
+        other.allocations = self.allocations
+        return other
+
     def record(self) -> int:
         self._marks += 1
         return self._marks
+
+    def done(self, event: int) -> bool:
+        return event > 0
 
     def wait_for(self, event: int) -> None:
         assert event > 0

@@ -200,3 +200,43 @@ def test_launches_beyond_a_devices_limits_are_refused(name: str, grid: Any, bloc
 def test_a_grid_without_blocks_is_no_launch(on_host: Device) -> None:
     on_host.launch(Kernel("nothing", None), (0, 5), (32,))
     assert on_host.driver.launches == []
+
+
+def test_rows_go_to_rows_that_lie_apart(device: Device) -> None:
+    target = device.to_device(np.zeros((3, 10), np.uint8))
+    rows = device.to_device(np.arange(1, 7, dtype=np.uint8).reshape(3, 2))
+    device.copy_rows(rows, target, row_bytes=2, rows=3, pitch_bytes=10, offset_bytes=4)
+    (found,) = device.to_host(target)
+    assert found[:, 4:6].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert not found[:, :4].any() and not found[:, 6:].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a row behind the end", {"row_bytes": 2, "rows": 3, "pitch_bytes": 10, "offset_bytes": 9}),
+        ("more than there is", {"row_bytes": 3, "rows": 3, "pitch_bytes": 10}),
+        ("rows into each other", {"row_bytes": 2, "rows": 3, "pitch_bytes": 1}),
+        ("before the beginning", {"row_bytes": 2, "rows": 3, "pitch_bytes": 10, "offset_bytes": -1}),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(name: str, arguments: dict[str, int], device: Device) -> None:
+    target, rows = device.empty((3, 10), np.uint8), device.empty((3, 2), np.uint8)
+    with pytest.raises(ValueError, match="expected 3 rows"):
+        device.copy_rows(rows, target, **arguments)
+
+
+def test_another_stream_sees_the_same_memory_and_its_marks(device: Device) -> None:
+    other = device.fork()
+    array = device.to_device(np.arange(5))
+    mark = device.record()
+    other.wait_for(mark)
+    np.testing.assert_array_equal(other.to_host(array)[0], np.arange(5))
+    assert device.reached(mark), "the other stream has waited for it"
+
+
+def test_work_of_others_is_called(device: Device) -> None:
+    called: list[int] = []
+    device.call(lambda: called.append(1))
+    device.synchronize()
+    assert called == [1]
