@@ -66,12 +66,12 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS, *,
     With a `variant` that stands behind `what`, so that several can be kept.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
-    command = " ".join(["python", "-m", f"benchmarks.{what}", *(_shown(part) for part in sys.argv[1:])])
+    command = " ".join(["python", "-m", f"benchmarks.{what}", *(shown_argument(part) for part in sys.argv[1:])])
     whole = {
         "what": what,
         "date": now.isoformat(timespec="seconds"),
         "command": command,
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "environment": environment_card(PACKAGES),
         **document,
     }
@@ -82,12 +82,12 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS, *,
     return path
 
 
-def _shown(part: str) -> str:
+def shown_argument(part: str) -> str:
     """Paths outside the repository by their last name: where somebody keeps a checkpoint says nothing to a reader."""
     return Path(part).name if part.startswith("/") else part
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """The checkout's commit, marked when files differ from it; None outside a checkout."""
     try:
         run = subprocess.run(

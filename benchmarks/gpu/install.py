@@ -1,0 +1,104 @@
+"""Installs what was carried, without a network, into a folder of its own: the machine's packages stay as they are.
+
+Wheels and source packages go through pip without their requirements, since what a machine with PyTorch has need not be
+carried. Other carried files, such as recorded replies, are put into `WORK/data`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import GpuCheckError, NotHereError
+from .machine import find_nvcc
+from .pieces import join, missing, read_contents
+from .stages import Context, Figures
+
+WHEEL, SOURCE = ".whl", (".tar.gz", ".zip")
+_TIMEOUT_S = 540
+_NEEDS_NVCC = re.compile(r"^pycuda-", re.IGNORECASE)
+
+
+def packages(context: Context) -> Figures:
+    """Joins, checks and installs everything; returns what went where.
+
+    Raises:
+        NotHereError: nothing was carried here.
+        GpuCheckError: pieces are missing or damaged, a wheel is for another Python, or pip refuses.
+    """
+    carried = read_contents(context.kept)
+    if not carried:
+        raise NotHereError(f"nothing was carried to {context.kept}: the packages of the machine are used")
+    if gone := [piece for one in carried for piece in missing(one, context.kept)]:
+        raise GpuCheckError(f"expected all pieces in {context.kept}, missing: {', '.join(gone)}; carry them here")
+    for one in carried:
+        check_wheel(one.name)
+    joined = context.work / "joined"
+    for folder in (joined, context.site, context.work / "data"):
+        folder.mkdir(parents=True, exist_ok=True)
+    files = {one.name: join(one, context.kept, joined / one.name) for one in carried}
+    wheels = [path for name, path in files.items() if name.endswith(WHEEL)]
+    sources = [path for name, path in files.items() if name.endswith(SOURCE)]
+    if wheels:
+        install(context, wheels)
+    for path in sources:
+        install(context, [path])
+    data = [name for name in files if not name.endswith((WHEEL, *SOURCE))]
+    for name in data:
+        files[name].replace(context.work / "data" / name)
+    return {
+        "wheels": [path.name for path in wheels],
+        "built_from_source": [path.name for path in sources],
+        "data": data,
+        "bytes": sum(one.num_bytes for one in carried),
+    }
+
+
+def check_wheel(name: str) -> None:
+    """Refuses a wheel that this Python cannot load; other files pass.
+
+    Raises:
+        GpuCheckError: the wheel is for another Python or system, or has no wheel's name.
+    """
+    if not name.endswith(WHEEL):
+        return
+    from packaging.tags import sys_tags
+    from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+    try:
+        tags = parse_wheel_filename(name)[3]
+    except InvalidWheelFilename as error:
+        raise GpuCheckError(f"expected a wheel's name, got {name[:120]}; pack it again") from error
+    if tags.isdisjoint(sys_tags()):
+        shown = next(iter(sys_tags()))
+        raise GpuCheckError(
+            f"expected a wheel for {shown.interpreter} on {shown.platform}, got {name}; pack with --python "
+            f"{sys.version_info.major}.{sys.version_info.minor}"
+        )
+
+
+def install(context: Context, files: list[Path]) -> None:
+    """Installs files into the check's own folder; a source package is compiled against the toolkit here.
+
+    Raises:
+        GpuCheckError: no nvcc for what needs it, or pip refuses.
+    """
+    environment = dict(os.environ)
+    # Whatever the machine's configuration says, nothing is asked of a network.
+    environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    if any(_NEEDS_NVCC.match(path.name) for path in files):
+        toolkit = Path(find_nvcc()).resolve().parent
+        environment["PATH"] = os.pathsep.join([str(toolkit), environment.get("PATH", "")])
+        environment["CUDA_ROOT"] = str(toolkit.parent)
+    command = [
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"),
+        *("--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--upgrade", "--target", str(context.site)),
+        *map(str, files),
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if run.returncode != 0:
+        names = ", ".join(path.name for path in files)
+        raise GpuCheckError(f"expected pip to install {names}, it says: {' '.join(run.stderr.split())[-500:]}")

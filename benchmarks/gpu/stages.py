@@ -1,0 +1,135 @@
+"""The stages of the GPU check: what each measures or makes, in steps that run in a process of their own.
+
+A step names a function of this package that takes a `Context` and returns figures as plain JSON types. What it expects
+in minutes is for one datacentre GPU; a step begins only where so much of the call's time is left, and is ended when the
+time is over. Finished steps are not run again (`running.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import GpuCheckError
+
+DEVICES = ("cuda", "cpu")
+SIZES = ("full", "tiny")
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What every step is told."""
+
+    device: str
+    """One of `DEVICES`."""
+    size: str
+    """"full" is what the tables ask for; "tiny" runs the same code in seconds, on any machine."""
+    work: Path
+    """Folder that stays from call to call: what was carried, installed and built."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES or self.size not in SIZES:
+            raise GpuCheckError(
+                f"expected a device of {', '.join(DEVICES)} and a size of {', '.join(SIZES)}, got {self.device} and "
+                f"{self.size}"
+            )
+
+    @property
+    def tiny(self) -> bool:
+        return self.size == "tiny"
+
+    @property
+    def site(self) -> Path:
+        """Where carried packages are installed; first on the path of every step."""
+        return self.work / "site"
+
+    @property
+    def kept(self) -> Path:
+        """Where pieces are kept."""
+        return self.work / "pieces"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A part of a stage in a process of its own."""
+
+    name: str
+    function: str
+    """"module:function" of this package, or "module:function:argument"."""
+    minutes: float
+    """Expected at full size."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= 9:
+            raise GpuCheckError(f"expected a step {self.name} of up to 9 minutes, got {self.minutes}; part it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Steps with one result file."""
+
+    name: str
+    what: str
+    steps: tuple[Step, ...]
+    carried: tuple[str, ...] = ()
+    """Beginnings of the names of carried files that it needs."""
+
+    @property
+    def minutes(self) -> float:
+        return sum(step.minutes for step in self.steps)
+
+
+_PYCUDA, _RUNTIME = "pycuda", "onnxruntime"
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="install",
+        what="puts carried files together, checks them and installs the packages among them",
+        steps=(Step(name="packages", function="install:packages", minutes=4),),
+    ),
+    Stage(
+        name="build",
+        what="compiles the kernels for the processor and for the device present; engines where TensorRT is",
+        carried=(_PYCUDA,),
+        steps=(
+            Step(name="host kernels", function="build:host_kernels", minutes=1),
+            Step(name="device kernels", function="build:device_kernels", minutes=2),
+            Step(name="engines", function="build:engines", minutes=4),
+        ),
+    ),
+    Stage(
+        name="tests",
+        what="runs the tests that are marked `gpu`",
+        carried=(_PYCUDA, _RUNTIME),
+        steps=(Step(name="gpu tests", function="marked_tests:run", minutes=5),),
+    ),
+    Stage(
+        name="peaks",
+        what="measures the memory's bandwidth and the rate of large products by type",
+        steps=(Step(name="peaks", function="roofline:measure", minutes=0.5),),
+    ),
+)
+
+
+def choose(names: Sequence[str]) -> tuple[Stage, ...]:
+    """Stages by name in their order; all where none is named.
+
+    Raises:
+        GpuCheckError: there is no such stage.
+    """
+    known = {stage.name for stage in STAGES}
+    if unknown := [name for name in names if name not in known]:
+        raise GpuCheckError(f"expected stages of {', '.join(stage.name for stage in STAGES)}, got {unknown[0]!r}")
+    return tuple(stage for stage in STAGES if not names or stage.name in names)
+
+
+def bind(step: Step, context: Context) -> Callable[[], Figures]:
+    """What a step runs; imports its module."""
+    module, name, *arguments = step.function.split(":")
+    function = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), name)
+    return lambda: function(context, *arguments)  # type: ignore[no-any-return]
