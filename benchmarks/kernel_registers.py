@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import write_result
-from segzero_rt.kernels.sources import HERE
+from segzero_rt.kernels.device_build import DEVICE_SOURCES, find_nvcc
+from segzero_rt.kernels.sources import DEVICE_FLAGS, HERE
 
-SOURCES = ("parse_prompts.cu", "postprocess_masks.cu", "preprocess.cu", "sample_token.cu")
+SOURCES = tuple(DEVICE_SOURCES)
 ARCHITECTURES = ("80", "86", "87", "89", "90", "100", "110", "120")
-FLAGS = ("-std=c++17", "-fmad=false", "-Werror", "all-warnings")
+FLAGS = (*DEVICE_FLAGS, "-Werror", "all-warnings")
 _NAME, _REGISTERS = re.compile(r"\w+"), re.compile(r"Used (\d+) registers")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="N", help="such as 87 for Orin")
     options = parser.parse_args(arguments)
-    nvcc = shutil.which("nvcc")
+    nvcc = find_nvcc()
     if nvcc is None:
         print("expected nvcc on the path, found none; install the CUDA toolkit", file=sys.stderr)
         return 2

@@ -94,7 +94,7 @@ void run(std::mt19937& random) {
     check(segzero_sample_token(&job) == 0, "outcome");
     job.token_ids = device.data();
     job.next_states = device_states.data();
-    launch_together(unsigned(count), 1 + random() % 4, [&] { sample_token_kernel(job, weights.data()); });
+    launch_together({unsigned(count), 1, 1}, {32 * (1 + unsigned(random() % 2)), 1, 1}, [&] { sample_token_kernel(job, weights.data()); });
     check(host == device, "the builds choose the same tokens");
     check(host_states == device_states, "the builds are in the same states");
 }

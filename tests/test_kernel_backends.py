@@ -59,9 +59,9 @@ def test_a_choice_can_be_forced_for_a_process(monkeypatch: pytest.MonkeyPatch) -
     assert str(resolve_kernels()) == "reference"
 
 
-@pytest.mark.parametrize("name", ["cuda", "Host", "gcc", "host "])
+@pytest.mark.parametrize("name", ["gpu", "Host", "gcc", "host ", "cuda_on_host"])
 def test_an_unknown_name_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match="auto, reference, host"):
+    with pytest.raises(BackendError, match="auto, reference, host, cuda"):
         resolve_kernels(name)
     monkeypatch.setenv(KERNELS_VARIABLE, name)
     with pytest.raises(BackendError, match=KERNELS_VARIABLE):

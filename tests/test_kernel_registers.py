@@ -46,6 +46,6 @@ def test_a_kernel_without_figures_is_an_error() -> None:
 def test_without_nvcc_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda *arguments, **options: None)
     assert main([]) == 2 and "CUDA toolkit" in capsys.readouterr().err
     assert len(ARCHITECTURES) == 8

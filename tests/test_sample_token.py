@@ -1,4 +1,4 @@
-"""sample_token: rules by hand on both builds, builds against each other token for token, Random123's known answers."""
+"""sample_token: rules by hand on every build, builds against each other token for token, Random123's known answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_builds import BUILDS, NEEDS_COMPILER
+from kernel_builds import BUILDS, COMPILED_BUILDS, DEVICE_BUILDS, kernel_build
 
 from segzero_rt.answer_format import VISION_REASONER
 from segzero_rt.answer_grammar import answer_automaton, token_table
 from segzero_rt.kernels.backend import Kernels, resolve_kernels
+from segzero_rt.kernels.device_kernels import DeviceKernels
 from segzero_rt.kernels.sample_token import DEAD, GrammarTable, philox_words, sample_token, weigh
+from segzero_rt.kernels.sample_token_device import DeviceSampler, device_grammar
 
 # Bytes, some longer tokens, one that nothing may say, and one that ends replies.
 TOKENS: list[bytes | None] = [
@@ -43,7 +45,7 @@ def grammar() -> GrammarTable:
 
 @pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return resolve_kernels(request.param)
+    return kernel_build(request.param)
 
 
 def rows(*logits: list[float]) -> np.ndarray:
@@ -196,15 +198,20 @@ def test_a_budget_that_never_sufficed_is_left_aside(grammar: GrammarTable, kerne
     assert read.token_ids.tolist() == [ord("x")]
 
 
-@NEEDS_COMPILER
+@pytest.fixture(params=COMPILED_BUILDS)
+def compiled(request: pytest.FixtureRequest) -> Kernels:
+    return kernel_build(request.param)
+
+
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 32, 33, 270, 5000])
-def test_the_builds_agree_without_a_grammar(vocabulary: int) -> None:
+def test_the_builds_agree_without_a_grammar(vocabulary: int, compiled: Kernels) -> None:
     rng = np.random.default_rng(vocabulary)
     for _ in range(20):
         logits = rng.normal(0, 10 ** rng.uniform(-3, 2), (8, vocabulary)).astype(np.float32)
         logits[rng.random(logits.shape) < 0.1] = rng.choice([NAN, INF, -INF, 0.0])
         assert_same(
             logits,
+            compiled,
             temperature=float(rng.choice([0.0, 1e-30, 0.3, 1.0, 50.0])),
             top_p=float(rng.choice([1.0, 0.9, 0.5, 1e-9])),
             seeds=rng.integers(0, 1 << 63, 8).astype(np.uint64),
@@ -212,14 +219,14 @@ def test_the_builds_agree_without_a_grammar(vocabulary: int) -> None:
         )
 
 
-@NEEDS_COMPILER
-def test_the_builds_agree_within_the_grammar(grammar: GrammarTable) -> None:
+def test_the_builds_agree_within_the_grammar(grammar: GrammarTable, compiled: Kernels) -> None:
     rng = np.random.default_rng(7)
     for _ in range(40):
         logits = rng.normal(0, 3, (8, len(TOKENS))).astype(np.float32)
         logits[rng.random(logits.shape) < 0.1] = NAN
         assert_same(
             logits,
+            compiled,
             grammar=grammar,
             states=rng.integers(0, grammar.ended + 1, 8).astype(np.int32),
             steps_left=rng.integers(0, 70, 8).astype(np.int32),
@@ -229,12 +236,12 @@ def test_the_builds_agree_within_the_grammar(grammar: GrammarTable) -> None:
         )
 
 
-def assert_same(logits: np.ndarray, **arguments: Any) -> None:
-    host, reference = (
-        sample_token(logits, kernels=resolve_kernels(name), **arguments) for name in ("host", "reference")
+def assert_same(logits: np.ndarray, compiled: Kernels, **arguments: Any) -> None:
+    found, reference = (
+        sample_token(logits, kernels=build, **arguments) for build in (compiled, resolve_kernels("reference"))
     )
-    np.testing.assert_array_equal(host.token_ids, reference.token_ids)
-    np.testing.assert_array_equal(host.states, reference.states)
+    np.testing.assert_array_equal(found.token_ids, reference.token_ids)
+    np.testing.assert_array_equal(found.states, reference.states)
 
 
 ONE_ROW = np.zeros((1, 270), np.float32)
@@ -283,3 +290,64 @@ def test_tables_that_contradict_themselves_are_refused(grammar: GrammarTable) ->
     ):
         with pytest.raises(ValueError, match="expected"):
             replace(grammar, **change)
+
+
+def device_kernels(name: str) -> DeviceKernels:
+    kernels = kernel_build(name).device
+    assert kernels is not None
+    return kernels
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_replies_go_on_upon_the_device_as_one_by_one(build: str, grammar: GrammarTable) -> None:
+    """Thirty tokens of three replies without a wait, against the reference token by token."""
+    kernels = device_kernels(build)
+    device = kernels.device
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 2, (30, 3, len(TOKENS))).astype(np.float32)
+    states, left = np.array([0, 5, grammar.ended], np.int32), np.array([40, 1000, 2], np.int32)
+    seeds, places = rng.integers(0, 1 << 63, 3).astype(np.uint64), np.array([0, 7, 1 << 20], np.int32)
+    sampler = DeviceSampler(
+        kernels, 3, len(TOKENS), grammar=device_grammar(device, grammar), temperature=0.8, top_p=0.95
+    )
+    resident, said = device.to_device(logits), device.empty((30, 3), np.int32)
+    sampler.start(states=states, steps_left=left, seeds=seeds, places=places)
+    sampler.step(resident.view(logits.shape[1:]))  # compiles and loads
+    sampler.start(states=states, steps_left=left, seeds=seeds, places=places)
+    waits, allocations = device.num_host_waits, device.num_allocations
+    for index in range(30):
+        sampler.step(resident.view(logits.shape[1:], offset_bytes=index * logits[0].nbytes))
+        device.copy(sampler.token_ids, said.view((3,), offset_bytes=index * 12))
+    assert (device.num_host_waits, device.num_allocations) == (waits, allocations), "nothing was waited for"
+    tokens, after, end_left, end_places = device.to_host(said, sampler.states, sampler.steps_left, sampler.places)
+    for index in range(30):
+        read = sample_token(
+            logits[index],
+            grammar=grammar,
+            states=states,
+            steps_left=left - index,
+            places=places + index,
+            seeds=seeds,
+            temperature=0.8,
+            top_p=0.95,
+            kernels=resolve_kernels("reference"),
+        )
+        states = read.states
+        assert tokens[index].tolist() == read.token_ids.tolist(), index
+    assert after.tolist() == states.tolist()
+    assert (end_left - left + 30).tolist() == (end_places - places - 30).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_a_sampler_refuses_what_does_not_fit(build: str, grammar: GrammarTable) -> None:
+    kernels = device_kernels(build)
+    device = kernels.device
+    tables = device_grammar(device, grammar)
+    assert tables is device_grammar(device, grammar), "copied once"
+    for change in ({"temperature": -1.0}, {"top_p": 0.0}, {"vocab_size": 99}):
+        with pytest.raises(ValueError, match="expected"):
+            DeviceSampler(kernels, **{"batch_size": 2, "vocab_size": len(TOKENS), "grammar": tables, **change})
+    sampler = DeviceSampler(kernels, 2, len(TOKENS), grammar=tables)
+    for wrong in (device.empty((1, len(TOKENS)), np.float32), device.empty((2, len(TOKENS)), np.float16)):
+        with pytest.raises(ValueError, match="logits"):
+            sampler.step(wrong)

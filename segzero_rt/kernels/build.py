@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -121,34 +122,56 @@ def host_library() -> Path:
             f"expected Python's C headers to compile the host kernels, found no Python.h in {headers}; install them "
             "(python3-dev)"
         )
-    failure = library.with_suffix(".failed")
+    return build_once(library, compiler, lambda built: compile_library(compiler, built))
+
+
+def build_once(target: Path, compiler: str, compile_to: Callable[[Path], str | None]) -> Path:
+    """The file at `target`, made now if it is not there: whole or not at all, however many processes want it.
+
+    Args:
+        target: in a folder that may have to be made.
+        compiler: its path, for messages.
+        compile_to: writes the file it is given; returns the compiler's complaint, None if it had none.
+
+    Raises:
+        BackendError: an earlier or present build failed, or the folder cannot be written.
+    """
+    if target.is_file():
+        return target
+    failure = target.with_suffix(".failed")
     if failure.is_file():
         raise BackendError(
-            f"expected the host kernels to compile, {compiler} failed before: {failure.read_text('utf-8')}; "
+            f"expected the kernels to compile, {compiler} failed before: {failure.read_text('utf-8')}; "
             f"mend it and remove {failure}"
         )
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            message = compile_library(compiler, built)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            message = compile_to(built)
             if message is not None:
                 failure.write_text(message, "utf-8")
-                raise BackendError(f"expected the host kernels to compile, {compiler} says: {message}")
-            built.replace(library)  # another process may have been faster: the file is the same
+                raise BackendError(f"expected the kernels to compile, {compiler} says: {message}")
+            built.replace(target)  # another process may have been faster: the file is the same
     except OSError as error:
         raise BackendError(
-            f"expected a folder for compiled kernels, {library.parent} cannot be written ({error.strerror}); "
+            f"expected a folder for compiled kernels, {target.parent} cannot be written ({error.strerror}); "
             f"name another in {CACHE_VARIABLE}"
         ) from error
-    return library
+    return target
 
 
 def compile_library(compiler: str, target: Path, flags: tuple[str, ...] = NATIVE_FLAGS) -> str | None:
     """Compiles the module to a shared library; returns the compiler's first complaint, None if it had none."""
     defined = [f"-D{key}={value}" for key, value in macros(MODULE_NAME)]
     headers = sysconfig.get_paths()["include"]
-    command = [compiler, *flags, *defined, "-I", headers, "-shared", "-o", str(target), str(HERE / MODULE_SOURCE)]
+    return compiled(
+        [compiler, *flags, *defined, "-I", headers, "-shared", "-o", str(target), str(HERE / MODULE_SOURCE)]
+    )
+
+
+def compiled(command: list[str]) -> str | None:
+    """Runs a compiler; returns its first complaint, None if it had none."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

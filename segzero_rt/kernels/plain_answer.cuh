@@ -165,7 +165,7 @@ struct PlainReader {
 
     // Takes up to 7 digits with no branch for each: their number differs from coordinate to coordinate, so that a loop's
     // end is guessed wrong. False, and nothing taken, for others.
-    SZ_HD_INLINE bool short_whole(u64& digits) {
+    SZ_HD_INLINE bool short_whole([[maybe_unused]] u64& digits) {
 #ifndef __CUDA_ARCH__
         if (end - at < 8) return false;
         u64 word;

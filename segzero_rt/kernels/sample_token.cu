@@ -2,7 +2,8 @@
 // stand in sample_token.py.
 //
 // On a device one block takes a row. All that is summed are whole numbers, so the order of the threads changes nothing;
-// each thread adds up a stretch of the vocabulary for the draw, so that running sums go by token numbers.
+// each thread adds up a stretch of the vocabulary for the draw, so that running sums go by token numbers. What a reply
+// goes on from may be written where it was read, so that the next token needs nothing of the host.
 #include <new>
 #include <vector>
 
@@ -10,7 +11,7 @@
 
 namespace segzero {
 
-// Fields as in `_Job` of sample_token_host.py.
+// Fields as in `SampleJob` of sample_token_host.py.
 struct SampleJob {
     const float* logits;  // [count, vocabulary]
     i64 count;
@@ -19,11 +20,12 @@ struct SampleJob {
     double top_p;
     Grammar grammar;
     const i32* states;      // [count]
-    const i32* steps_left;  // [count]
+    i32* steps_left;        // [count]
     const u64* seeds;       // [count]
-    const i32* places;      // [count]
+    i32* places;            // [count]
     i32* token_ids;         // [count]
-    i32* next_states;       // [count]
+    i32* next_states;       // [count]; may be `states`
+    i32 advance;            // 1: steps_left and places are moved on for the next token
 };
 
 SZ_HD inline Choice first_choice(const SampleJob& job, i64 row) {
@@ -47,59 +49,84 @@ SZ_HD inline void settle(const SampleJob& job, i64 row, i32 token) {
     job.token_ids[row] = token;
     const bool goes_on = token >= 0 && job.grammar.allowed != nullptr;
     job.next_states[row] = goes_on ? i32(advance(job.grammar, u32(job.states[row]), token)) : job.states[row];
+    if (job.advance == 0) return;
+    --job.steps_left[row];
+    ++job.places[row];
 }
 
 #ifdef __CUDACC__
 
-constexpr u32 kSampleThreads = 256;  // of a block; no more
+constexpr u32 kSampleThreads = 1024;  // of a block; no more, and whole warps
+constexpr u32 kWarp = 32, kWholeWarp = ~0u, kMostWarps = kSampleThreads / kWarp;
 
 // The sum of every thread's number, for all of them.
 __device__ inline u64 block_sum(u64 own, u64* shared) {
-    shared[threadIdx.x] = own;
+    for (i32 distance = kWarp / 2; distance > 0; distance /= 2) own += __shfl_xor_sync(kWholeWarp, own, distance);
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = own;
     __syncthreads();
     u64 sum = 0;
-    for (u32 i = 0; i < blockDim.x; ++i) sum += shared[i];
+    for (u32 i = 0; i < blockDim.x / kWarp; ++i) sum += shared[i];
     __syncthreads();
     return sum;
 }
 
-// The best candidate of a row, of equals the first; -1 for none.
-__device__ inline i32 block_best(const float* logits, i32 vocabulary, const Choice& choice, float* values, i32* tokens) {
-    i32 best = -1;
-    float value = 0.0f;
-    for (i32 token = i32(threadIdx.x); token < vocabulary; token += i32(blockDim.x)) {
-        const float logit = choice.numbers ? finite(logits[token]) : 0.0f;
-        if ((best < 0 || logit > value) && choice.takes(token, logit)) {
-            best = token;
-            value = logit;
-        }
+// The sum of the numbers of the threads before this one.
+__device__ inline u64 sum_before(u64 own, u64* shared) {
+    u64 sum = own;
+    for (u32 distance = 1; distance < kWarp; distance *= 2) {
+        const u64 below = __shfl_up_sync(kWholeWarp, sum, distance);
+        if (threadIdx.x % kWarp >= distance) sum += below;
     }
-    values[threadIdx.x] = value;
-    tokens[threadIdx.x] = best;
+    if (threadIdx.x % kWarp == kWarp - 1) shared[threadIdx.x / kWarp] = sum;
     __syncthreads();
-    best = -1;
-    for (u32 i = 0; i < blockDim.x; ++i) {
-        const bool better = best < 0 || values[i] > value || (values[i] == value && tokens[i] < best);
-        if (tokens[i] >= 0 && better) {
-            best = tokens[i];
-            value = values[i];
-        }
-    }
+    sum -= own;
+    for (u32 i = 0; i < threadIdx.x / kWarp; ++i) sum += shared[i];
     __syncthreads();
-    return best;
+    return sum;
 }
 
-// One block per row, `weights` [count, vocabulary] is scratch.
-extern "C" __global__ void sample_token_kernel(SampleJob job, u64* weights) {
-    __shared__ u64 sums[kSampleThreads];
-    __shared__ float values[kSampleThreads];
-    __shared__ i32 tokens[kSampleThreads];
+// A token and its logit; -1 for none.
+struct Best {
+    i32 token;
+    float logit;
+
+    // The larger logit, of equals the first token.
+    __device__ void take(i32 other, float value) {
+        if (other < 0 || (token >= 0 && (value < logit || (value == logit && other > token)))) return;
+        token = other;
+        logit = value;
+    }
+};
+
+// The best candidate of a row, of equals the first; -1 for none.
+__device__ inline i32 block_best(const float* logits, i32 vocabulary, const Choice& choice, Best* shared) {
+    Best best = {-1, 0.0f};
+    for (i32 token = i32(threadIdx.x); token < vocabulary; token += i32(blockDim.x)) {
+        const float logit = choice.numbers ? finite(logits[token]) : 0.0f;
+        if ((best.token < 0 || logit > best.logit) && choice.takes(token, logit)) best = {token, logit};
+    }
+    for (i32 distance = kWarp / 2; distance > 0; distance /= 2) {
+        const i32 other = __shfl_xor_sync(kWholeWarp, best.token, distance);
+        best.take(other, __shfl_xor_sync(kWholeWarp, best.logit, distance));
+    }
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = best;
+    __syncthreads();
+    best = shared[0];
+    for (u32 i = 1; i < blockDim.x / kWarp; ++i) best.take(shared[i].token, shared[i].logit);
+    __syncthreads();
+    return best.token;
+}
+
+// One block of whole warps per row; `weights` [count, vocabulary] is scratch, of which a greedy job needs none.
+extern "C" __global__ void __launch_bounds__(kSampleThreads) sample_token_kernel(SampleJob job, u64* weights) {
+    __shared__ u64 sums[kMostWarps];
+    __shared__ Best bests[kMostWarps];
     const i64 row = blockIdx.x;
     const i32 vocabulary = job.vocabulary;
     const float* logits = job.logits + row * vocabulary;
     Choice choice = first_choice(job, row);
-    i32 best = block_best(logits, vocabulary, choice, values, tokens);
-    while (best < 0 && loosen(choice)) best = block_best(logits, vocabulary, choice, values, tokens);
+    i32 best = block_best(logits, vocabulary, choice, bests);
+    while (best < 0 && loosen(choice)) best = block_best(logits, vocabulary, choice, bests);
     if (job.scale == 0.0f || best < 0 || !choice.numbers) {
         if (threadIdx.x == 0) settle(job, row, best);
         return;
@@ -125,10 +152,7 @@ extern "C" __global__ void sample_token_kernel(SampleJob job, u64* weights) {
     for (i32 token = begin; token < end; ++token) kept += own[token] >= search.lightest ? own[token] : 0;
     const u64 all = block_sum(kept, sums);
     const u64 drawn = upper_product(all, random_bits(job.seeds[row], job.places[row]));
-    sums[threadIdx.x] = kept;
-    __syncthreads();
-    u64 before = 0;
-    for (u32 i = 0; i < threadIdx.x; ++i) before += sums[i];
+    const u64 before = sum_before(kept, sums);
     if (before > drawn || before + kept <= drawn) return;  // it falls into another thread's stretch
     i32 token = begin;
     for (u64 sum = before; token < end; ++token) {

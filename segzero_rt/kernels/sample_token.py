@@ -142,10 +142,7 @@ def sample_token(
     """
     if logits.dtype != np.float32 or logits.ndim != 2 or logits.shape[1] < 1:
         raise ValueError(f"expected logits as float32 [B, V], got {logits.dtype} {list(logits.shape)}")
-    if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"expected a temperature from 0 on and top_p in (0, 1], got {temperature} and {top_p}")
-    if grammar is not None and grammar.vocab_size != logits.shape[1]:
-        raise ValueError(f"expected logits of {grammar.vocab_size} tokens, got {logits.shape[1]}")
+    check_choice(logits.shape[1], grammar, temperature, top_p)
     count = len(logits)
     at = _filled(states, count, 0, np.int32, "states")
     if grammar is not None and count and (at.min() < 0 or at.max() > grammar.ended):
@@ -153,8 +150,12 @@ def sample_token(
     left = _filled(steps_left, count, NO_LIMIT, np.int32, "steps_left")
     keys = _filled(seeds, count, 0, np.uint64, "seeds")
     said = _filled(places, count, 0, np.int32, "places")
-    scale = float(np.float32(min(math.log2(math.e) / temperature, LARGEST))) if temperature > 0 else 0.0
+    scale = sharpness(temperature)
     chosen = kernels or resolve_kernels()
+    if chosen.device is not None:
+        from segzero_rt.kernels.sample_token_device import sample_with_device
+
+        return sample_with_device(chosen.device, logits, grammar, at, left, temperature, top_p, keys, said)
     if chosen.library is not None:
         from segzero_rt.kernels.sample_token_host import sample_on_host
 
@@ -167,6 +168,21 @@ def sample_token(
             tokens[row] = _choose(logits[row], candidates, scale, top_p, random)
             after[row] = at[row] if grammar is None else grammar.advance(int(at[row]), int(tokens[row]))
     return SampledTokens(token_ids=tokens, states=after)
+
+
+def check_choice(vocab_size: int, grammar: GrammarTable | None, temperature: float, top_p: float) -> None:
+    """Raises:
+    ValueError: numbers out of their range, or a grammar of another vocabulary.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"expected a temperature from 0 on and top_p in (0, 1], got {temperature} and {top_p}")
+    if grammar is not None and grammar.vocab_size != vocab_size:
+        raise ValueError(f"expected logits of {grammar.vocab_size} tokens, got {vocab_size}")
+
+
+def sharpness(temperature: float) -> float:
+    """`log2(e) / temperature` as float32 holds it; 0 for a temperature of 0, which means greedily."""
+    return float(np.float32(min(math.log2(math.e) / temperature, LARGEST))) if temperature > 0 else 0.0
 
 
 def weigh(logits: NDArray[np.float32], largest: np.float32, scale: float) -> NDArray[np.uint64]:

@@ -12,7 +12,9 @@ from segzero_rt.kernels.sample_token import GrammarTable, SampledTokens
 _NO_MEMORY = 2
 
 
-class _Grammar(ctypes.Structure):
+class GrammarStruct(ctypes.Structure):
+    """`Grammar` of sampling.cuh."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("next_state", "allowed", "steps_to_end")),
         *((name, ctypes.c_void_p) for name in ("token_offsets", "token_bytes", "end_tokens")),
@@ -20,16 +22,19 @@ class _Grammar(ctypes.Structure):
     )
 
 
-class _Job(ctypes.Structure):
+class SampleJob(ctypes.Structure):
+    """`SampleJob` of sample_token.cu; a device's kernel takes it too."""
+
     _fields_ = (
         ("logits", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("vocabulary", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("top_p", ctypes.c_double),
-        ("grammar", _Grammar),
+        ("grammar", GrammarStruct),
         *((name, ctypes.c_void_p) for name in ("states", "steps_left", "seeds", "places")),
         *((name, ctypes.c_void_p) for name in ("token_ids", "next_states")),
+        ("advance", ctypes.c_int32),
     )
 
 
@@ -47,8 +52,8 @@ def sample_on_host(
     """See `sample_token.sample_token`, which has checked the arguments; `scale` is log2(e) / temperature."""
     logits = np.ascontiguousarray(logits)
     token_ids, next_states = np.empty(len(logits), np.int32), np.empty(len(logits), np.int32)
-    tables = _Grammar() if grammar is None else _grammar(grammar)
-    job = _Job(
+    tables = GrammarStruct() if grammar is None else _grammar(grammar)
+    job = SampleJob(
         logits=logits.ctypes.data,
         count=len(logits),
         vocabulary=logits.shape[1],
@@ -67,8 +72,8 @@ def sample_on_host(
     return SampledTokens(token_ids=token_ids, states=next_states)
 
 
-def _grammar(grammar: GrammarTable) -> _Grammar:
-    return _Grammar(
+def _grammar(grammar: GrammarTable) -> GrammarStruct:
+    return GrammarStruct(
         next_state=grammar.next_state.ctypes.data,
         allowed=grammar.allowed.ctypes.data,
         steps_to_end=grammar.steps_to_end.ctypes.data,

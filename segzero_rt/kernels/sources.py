@@ -15,6 +15,9 @@ SUFFIXES = (".cpp", ".cu", ".cuh", ".hpp")
 # No contraction: a fused multiply-add stands exactly where the source says `fmaf`, as in the reference and on a device.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
+DEVICE_FLAGS = ("-std=c++17", "-fmad=false")
+"""Of nvcc; no contraction there either. Tests add that warnings are errors, which they are not for users' compilers."""
+
 MODULE_NAME = "_host"
 FAST_MODULE_NAME = "_host_avx2"
 """The same source once more, for processors with `FAST_FEATURES`; an installed module may run on another machine."""
