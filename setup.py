@@ -122,6 +122,7 @@ setup(
         "segzero_rt.kernels",
         "segzero_rt.preflight",
         "segzero_rt.readers",
+        "segzero_rt.resident",
         "segzero_rt.export",
         "segzero_rt.training",
         "segzero_rt.training.experiments",

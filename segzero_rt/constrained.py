@@ -43,11 +43,12 @@ class AnswerConstraint:
             QuestionError: the grammar does not take them.
         """
         self._grammar = grammar
-        self._state = 0
+        self.state = 0
+        """Where the reply stands in the grammar."""
         for token_id in started:
-            if self._state == DEAD or not grammar.allows(self._state, token_id):
+            if self.state == DEAD or not grammar.allows(self.state, token_id):
                 raise QuestionError("expected a reply_start that an answer can follow; change it, or ask unconstrained")
-            self._state = grammar.advance(self._state, token_id)
+            self.state = grammar.advance(self.state, token_id)
 
     def choices(self, logits: NDArray[np.float32], guesses: Sequence[int], left: int) -> list[int]:
         """What is said after the last token and after each guess, up to the first that was wrong.
@@ -66,14 +67,14 @@ class AnswerConstraint:
         return said
 
     def _say(self, row: NDArray[np.float32], likeliest: int, left: int) -> int:
-        grammar, state = self._grammar, self._state
+        grammar, state = self._grammar, self.state
         if grammar.allows(state, likeliest) and not np.isnan(row[likeliest]):
             after = grammar.advance(state, likeliest)
             if grammar.steps_to_end[after] < left:
-                self._state = after
+                self.state = after
                 return likeliest
         chosen = sample_token(
             row[None], grammar=grammar, states=np.array([state], np.int32), steps_left=np.array([left], np.int32)
         )
-        self._state = int(chosen.states[0])
+        self.state = int(chosen.states[0])
         return int(chosen.token_ids[0])

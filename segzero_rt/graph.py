@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,11 @@ from segzero_rt.graph_spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:  # ONNX Runtime has no stubs and must not be imported before a graph is loaded
     import types
+
+    from segzero_rt.device import DeviceArray
+
+    Memory = DeviceArray | NDArray[Any]
+    """An array of the device, or one of the host that the graph reads when a run is enqueued."""
 
 Array = NDArray[Any]
 Buffer = Any
@@ -55,6 +60,11 @@ class Backend:
     def providers(self) -> tuple[str, ...]:
         """ONNX Runtime's execution providers, the one that was asked for first."""
         return _PROVIDERS[self.name]
+
+    @property
+    def provider_options(self) -> tuple[dict[str, str], ...]:
+        """Of each provider: none but what a device that is shared with others asks for."""
+        return tuple({} for _ in self.providers)
 
     @property
     def device(self) -> str:
@@ -145,7 +155,8 @@ class Graph:
         try:
             with _attention_of_whole_rows() if short_prompts else contextlib.nullcontext():
                 options = _session_options(runtime, threads or default_threads())
-                session = runtime.InferenceSession(str(path), options, providers=list(resolved.providers))
+                providers = [*zip(resolved.providers, resolved.provider_options, strict=True)]
+                session = _open_session(runtime, path, options, providers)
         except _runtime_errors() as error:
             raise GraphError(f"expected a readable graph at {path}, ONNX Runtime says: {_first_line(error)}") from error
         if session.get_providers()[0] != resolved.providers[0]:
@@ -203,6 +214,26 @@ class Graph:
                     raise GraphError(f"graph {self.spec.label}: expected a contiguous buffer for {name}")
         return BoundGraph(self._session, self.spec.label, inputs, outputs, on_host=self.backend.device == "cpu")
 
+    def enqueuer(self, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+        """A function that enqueues a run over memory of the device, and does not wait for it.
+
+        An input and an output may share memory where the graph writes in place. The function keeps the memory.
+
+        Raises:
+            GraphError: arrays do not fit the spec.
+        """
+        check_arrays(self.spec, inputs, outputs)
+        options, device = self._unwaited(), self.backend.device
+        return _Enqueuer(self._session, self.spec, inputs, outputs, device=device, options=options)
+
+    def _unwaited(self) -> Any:
+        """Options of a run that returns before a device has done it; None on the host, where there is no such thing."""
+        if self.backend.device == "cpu":
+            return None
+        options = _onnxruntime().RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
 
 class BoundGraph:
     """A graph with its buffers. `run()` reads the inputs' present contents and fills the outputs."""
@@ -251,6 +282,58 @@ class BoundGraph:
             raise GraphError(f"expected graph {self._label} to run, ONNX Runtime says: {_first_line(error)}") from error
 
 
+class _Enqueuer:
+    """A graph with memory of the device; each call enqueues a run."""
+
+    def __init__(
+        self,
+        session: Any,
+        spec: GraphSpec,
+        inputs: Mapping[str, Memory],
+        outputs: Mapping[str, DeviceArray],
+        *,
+        device: str,
+        options: Any,
+    ) -> None:
+        self._label, self._options = spec.label, options
+        self._run = session.run_with_iobinding
+        self._binding = session.io_binding()
+        self._memory = (dict(inputs), dict(outputs))  # ONNX Runtime holds addresses only
+        for name, array in inputs.items():
+            if isinstance(array, np.ndarray):
+                self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            else:
+                self._binding.bind_input(name, device, 0, array.dtype.type, array.shape, array.address)
+        for name, array in outputs.items():
+            self._binding.bind_output(name, device, 0, array.dtype.type, array.shape, array.address)
+
+    def __call__(self) -> None:
+        try:
+            self._run(self._binding, self._options)
+        except _runtime_errors() as error:
+            raise GraphError(f"expected graph {self._label} to run, ONNX Runtime says: {_first_line(error)}") from error
+
+
+def check_arrays(spec: GraphSpec, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray]) -> dict[str, int]:
+    """The lengths of a spec's dynamic dimensions, by name, in these arrays.
+
+    Raises:
+        GraphError: an array is missing or too many, or has another dtype or shape.
+    """
+    lengths = spec.check_shapes({name: array.shape for name, array in inputs.items()})
+    if set(outputs) != set(spec.output_names):
+        raise GraphError(f"graph {spec.label}: expected {', '.join(spec.output_names)}; got {', '.join(outputs)}")
+    for name, array in (*inputs.items(), *outputs.items()):
+        tensor = spec.tensor(name)
+        shape = tuple(lengths.get(side, side) if isinstance(side, str) else side for side in tensor.shape)
+        fits = len(shape) == len(array.shape) and all(
+            isinstance(wanted, str) or wanted == given for wanted, given in zip(shape, array.shape, strict=True)
+        )
+        if array.dtype.name != tensor.dtype or not fits:
+            raise GraphError(f"graph {spec.label}: expected {tensor}; got {array.dtype.name} {list(array.shape)}")
+    return lengths
+
+
 def _onnxruntime() -> types.ModuleType:
     try:
         import onnxruntime
@@ -274,6 +357,19 @@ def _session_options(runtime: Any, threads: int) -> Any:
     # Threads that spin while they wait slow down the other graph that runs beside this one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def _open_session(runtime: Any, path: Path, options: Any, providers: list[Any]) -> Any:
+    """A session of a graph file; of one that says how to round to 8 bits, if need be without rewriting that.
+
+    ONNX Runtime 1.31 moves QuantizeLinear about and joins it with products as if all its codes were int8, and refuses
+    what it has made of floats of 8 bits. As it is written, it runs such a graph.
+    """
+    try:
+        return runtime.InferenceSession(str(path), options, providers=providers)
+    except runtime.capi.onnxruntime_pybind11_state.InvalidGraph:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return runtime.InferenceSession(str(path), options, providers=providers)
 
 
 @contextlib.contextmanager

@@ -104,19 +104,19 @@ class Policy:
             image_std=manifest.image_std,
             resampler=manifest.resampler,
         )
-        self._vision, self._embedding, self._decoder = vision, embedding, decoder
-        self._layout = policy_layout(manifest)
-        self._layout_inputs = self._layout.inputs()
+        self.vision, self.embedding, self.decoder = vision, embedding, decoder
+        self.layout = policy_layout(manifest)
+        self._layout_inputs = self.layout.inputs()
         self._spare_caches: list[KVCache] = []
         self._draft_tokens = _default_draft(decoder) if draft_tokens is None else draft_tokens
         self._drafters: dict[AnswerFormat, Drafter] = {}
         self._rows_independent: bool | None = None
-        self._constrained = constrained
+        self.constrained = constrained
         self._grammars: dict[AnswerFormat, GrammarTable] = {}
-        self._rotary = policy_rotary(manifest)
-        self._before_picture = chat.before_picture(self.default_format.system_prompt)
+        self.rotary = policy_rotary(manifest)
+        self.before_picture = chat.before_picture(self.default_format.system_prompt)
         placeholders = [manifest.image_token_id] * (self.preprocessor.grid_hw[0] * self.preprocessor.grid_hw[1])
-        self.prefix_tokens = [*self._before_picture, *placeholders, *chat.after_picture()]
+        self.prefix_tokens = [*self.before_picture, *placeholders, *chat.after_picture()]
         """Tokens of every view, up to where questions begin."""
         if len(self.prefix_tokens) >= manifest.max_length:
             raise BundleError(
@@ -199,7 +199,7 @@ class Policy:
 
     @property
     def backend(self) -> Backend:
-        return self._decoder.backend
+        return self.decoder.backend
 
     def look(self, image_rgb: NDArray[np.uint8], *, ahead: bool = True) -> View:
         """Takes in a picture, uint8 [H, W, 3] of any size; any number of questions may follow.
@@ -216,7 +216,7 @@ class Policy:
         clock.lap("preprocess")
         features = self._features(patches)
         clock.lap("vision")
-        picture = PictureSpan(start=len(self._before_picture), grid_hw=self.preprocessor.grid_hw)
+        picture = PictureSpan(start=len(self.before_picture), grid_hw=self.preprocessor.grid_hw)
         embeds = self.embed(self.prefix_tokens)
         embeds[:, picture.start : picture.end] = features
         cache, known = self._empty_cache(picture)
@@ -274,10 +274,10 @@ class Policy:
         pieces: list[str] = []
         for given in started:
             _tell(stream.push(given), pieces, on_token)
-        runs = TokenRuns(self._embedding, cache)
+        runs = TokenRuns(self.embedding, cache)
         form = answer_format or self.default_format
         draft = self._draft(runs, cache, form, prompt)
-        constraint = self._constraint(form, started) if self._constrained else None
+        constraint = self._constraint(form, started) if self.constrained else None
         ends = self.manifest.eos_token_ids
         reply = GreedyReply(runs, cache, end_token_ids=ends, draft=draft, constraint=constraint)
         first = logits.reshape(1, -1)
@@ -367,7 +367,7 @@ class Policy:
 
     def _patches(self, image_rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """In window order, [1, patches, patch_dim]."""
-        return self.preprocessor.patches(image_rgb, order=self._layout.patch_order)[None]
+        return self.preprocessor.patches(image_rgb, order=self.layout.patch_order)[None]
 
     def _empty_cache(self, picture: PictureSpan) -> tuple[KVCache, int]:
         """A cache for a new view, and how many of the prefix's tokens it holds: what stands before every picture.
@@ -377,13 +377,13 @@ class Policy:
         try:
             cache = self._spare_caches.pop()
         except IndexError:
-            return KVCache.create(self._decoder, _cache_sizes(self.manifest), self._rotary, picture), 0
+            return KVCache.create(self.decoder, cache_sizes(self.manifest), self.rotary, picture), 0
         cache.truncate(picture.start)
         return cache, picture.start
 
     def _take_back(self, cache: KVCache) -> None:
         """Keeps the cache of a view that is gone, if it was filled and none is kept yet."""
-        if not self._spare_caches and cache.lengths[0] >= len(self._before_picture):
+        if not self._spare_caches and cache.lengths[0] >= len(self.before_picture):
             self._spare_caches.append(cache)
 
     def _draft(self, runs: TokenRuns, cache: KVCache, answer_format: AnswerFormat, prompt: list[int]) -> Draft | None:
@@ -404,18 +404,28 @@ class Policy:
 
     def _constraint(self, answer_format: AnswerFormat, started: list[int]) -> AnswerConstraint:
         """One reply's; the grammar itself is made at the first question in a format."""
-        from segzero_rt.constrained import AnswerConstraint, grammar_of
+        from segzero_rt.constrained import AnswerConstraint
+
+        return AnswerConstraint(self.grammar(answer_format), started)
+
+    def grammar(self, answer_format: AnswerFormat) -> GrammarTable:
+        """The grammar of replies in a format, made once.
+
+        Raises:
+            BundleError: the tokenizer cannot spell such replies.
+        """
+        from segzero_rt.constrained import grammar_of
 
         if answer_format not in self._grammars:
             self._grammars[answer_format] = grammar_of(self.chat, answer_format, self.manifest)
-        return AnswerConstraint(self._grammars[answer_format], started)
+        return self._grammars[answer_format]
 
     def _features(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._vision.run({"patches": patches, **self._layout_inputs})["image_features"]
+        return self.vision.run({"patches": patches, **self._layout_inputs})["image_features"]
 
     def embed(self, token_ids: list[int]) -> NDArray[np.float32]:
         """Rows of the token table, float32 [1, tokens, hidden]."""
-        return self._embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
+        return self.embedding.run({"input_ids": np.array([token_ids], dtype=np.int64)})["inputs_embeds"]
 
 
 def is_small_decoder(graph: Path) -> bool:
@@ -466,7 +476,7 @@ def policy_specs(manifest: PolicyManifest) -> dict[str, GraphSpec]:
     }
 
 
-def _cache_sizes(manifest: PolicyManifest) -> CacheSizes:
+def cache_sizes(manifest: PolicyManifest) -> CacheSizes:
     return CacheSizes(
         num_layers=manifest.num_layers,
         num_kv_heads=manifest.num_kv_heads,

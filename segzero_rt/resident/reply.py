@@ -1,0 +1,123 @@
+"""The decode loop of a device: token t + 1 is enqueued while token t is still being chosen.
+
+A step embeds the token that the step before it chose, runs the decoder and chooses the next, all on the device. The
+host learns each token one step late: with a step more in the stream it looks at what the step before has said. So when
+a reply ends, one step too many was computed, and its row of the cache is cut off again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from segzero_rt.device import Event
+from segzero_rt.graph import Graph
+from segzero_rt.resident.arrays import Staging, rows
+from segzero_rt.resident.cache import ResidentCache
+from segzero_rt.resident.kernels import ResidentGrammar, ResidentKernels
+
+LEAD = 1
+"""Steps in the stream beyond the last token that the host knows."""
+PAUSE_S = 50e-6
+"""Between two looks at a mark."""
+
+
+class ResidentReply:
+    """Replies of up to `max_new_tokens`, one after another, over one cache. One token a run, greedily."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        kernels: ResidentKernels,
+        embedding: Graph,
+        cache: ResidentCache,
+        *,
+        max_new_tokens: int,
+        end_token_ids: Sequence[int],
+        lead: int = LEAD,
+    ) -> None:
+        """
+        Raises:
+            ValueError: no token, or a lead of less than one step.
+        """
+        if max_new_tokens < 1 or lead < 1:
+            raise ValueError(f"expected at least one token and one step ahead, got {max_new_tokens} and {lead}")
+        self._device, self._staging, self._kernels, self._cache = staging.device, staging, kernels, cache
+        self._ends = frozenset(end_token_ids)
+        self._lead = lead
+        # 64 bits each, as the embedding takes them; `sample_token` writes the lower half.
+        self.token_ids = self._device.empty((max_new_tokens,), "int64")
+        """int64 [max_new_tokens]: the reply as it lies on the device, the token that ended it included."""
+        self._device.fill(self.token_ids)
+        self._states = self._device.empty((max_new_tokens + 1,), "int32")
+        self._steps_left = self._device.empty((max_new_tokens,), "int32")
+        self._told = self._device.pinned((max_new_tokens,), "int64")
+        self._input = self._device.empty((1, 1), "int64")
+        self._embed = embedding.enqueuer({"input_ids": self._input}, {"inputs_embeds": cache.embeds})
+        self.finished = False
+        """The policy ended the reply by itself."""
+        self.steps = 0
+        """Runs of the decoder, the prompt's and those beyond the end not counted."""
+        self.pauses = 0
+        """How often the host stood still so as not to run further ahead. Work lay in the stream each time, so that the
+        device noticed nothing: these are no waits."""
+
+    def tokens(self, budget: int, grammar: ResidentGrammar | None = None, state: int = 0) -> Iterator[int]:
+        """Up to `budget` tokens after what the cache holds, each as soon as it is known.
+
+        The token that ends the reply is not among them. Whoever stops asking leaves at most `lead` further steps.
+
+        Args:
+            grammar: what may be said.
+            state: where the reply's beginning has brought the grammar.
+        """
+        self.finished, self.steps, self.pauses = False, 0, 0
+        self._staging.upload(np.arange(budget, 0, -1, dtype=np.int32), self._steps_left)
+        self._staging.upload(np.array([state], np.int32), self._states)
+        marks: list[Event] = []
+        length = self._cache.length
+        for place in range(budget + self._lead):
+            if place < budget:
+                if place:
+                    self._advance(place)
+                marks.append(self._choose(place, grammar))
+            known = place - self._lead
+            if known < 0:
+                continue
+            self._pause_until(marks[known])
+            token_id = int(self._told[known])
+            self.steps = known
+            if token_id in self._ends or token_id < 0:
+                self.finished = token_id in self._ends
+                self._cache.truncate(length + known)
+                return
+            yield token_id
+
+    def _advance(self, place: int) -> None:
+        """Enqueues the run of the decoder over the token before this place."""
+        self._device.copy(rows(self.token_ids, place - 1, place), self._input)
+        self._device.call(self._embed)
+        self._cache.step()
+
+    def _choose(self, place: int, grammar: ResidentGrammar | None) -> Event:
+        """Enqueues the choice of the token at this place from the latest logits, and its way to the host."""
+        said = rows(self.token_ids, place, place + 1)
+        self._kernels.sample_token(
+            self._cache.logits.view((1, self._cache.logits.shape[2])),
+            grammar=grammar,
+            state=rows(self._states, place, place + 1),
+            steps_left=rows(self._steps_left, place, place + 1),
+            token_id=said.view((1,), np.int32),  # the lower half: every device that runs this is little-endian
+            next_state=rows(self._states, place + 1, place + 2),
+        )
+        self._device.download(said, self._told[place : place + 1])
+        return self._device.record()
+
+    def _pause_until(self, mark: Event) -> None:
+        if self._device.reached(mark):
+            return
+        self.pauses += 1
+        while not self._device.reached(mark):
+            time.sleep(PAUSE_S)
