@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Size:
     vocab: int
     tied: bool
     family: str = "qwen2_5_vl"
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the tower that are other than its family's."""
 
 
 SIZES = {
@@ -91,10 +93,11 @@ def main() -> None:
     print(write_policy(SIZES[arguments.like], arguments.tokenizer, arguments.out, layers=arguments.layers))
 
 
-def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None = None) -> int:
+def write_policy(size: Size, tokenizer: Path | None, out: Path, *, layers: int | None = None) -> int:
     """Writes the checkpoint; returns the bytes of its weights.
 
     Args:
+        tokenizer: folder of the files that go with the weights; none where only its graphs are wanted.
         layers: so many in the decoder and in the tower instead of all.
     """
     import torch
@@ -104,7 +107,8 @@ def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None =
     config = _qwen3_configuration(size, layers) if size.family == "qwen3_vl" else configuration(size, layers)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "generation_config.json"):
-        shutil.copyfile(tokenizer / name, out / name)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer / name, out / name)
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * STD).to(torch.bfloat16)
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}
@@ -129,7 +133,7 @@ def write_policy(size: Size, tokenizer: Path, out: Path, *, layers: int | None =
 
 def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
     """config.json as published, with fewer layers where that is asked."""
-    vision = VISION | {"out_hidden_size": size.hidden}
+    vision = VISION | dict(size.vision) | {"out_hidden_size": size.hidden}
     if layers is not None:
         vision |= {"depth": layers, "fullatt_block_indexes": [layers - 1]}
     return {
@@ -154,14 +158,20 @@ def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
         "tie_word_embeddings": size.tied,
         "torch_dtype": "bfloat16",
         "vision_config": vision,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "rope_scaling": {"type": "mrope", "mrope_section": _sections(size.hidden // size.heads)},
         "vocab_size": size.vocab,
     }
 
 
+def _sections(head_dim: int) -> list[int]:
+    """Shares of time, row and column in half a head's width: 16, 24 and 24 of the published 64."""
+    side = head_dim // 2 * 3 // 8
+    return [head_dim // 2 - 2 * side, side, side]
+
+
 def _qwen3_configuration(size: Size, layers: int | None) -> dict[str, Any]:
     """config.json of Qwen3-VL as published; with fewer layers, so many blocks too, all but the last given twice."""
-    vision = QWEN3_VISION | {"out_hidden_size": size.hidden}
+    vision = QWEN3_VISION | dict(size.vision) | {"out_hidden_size": size.hidden}
     if layers is not None:
         vision |= {"depth": layers, "deepstack_visual_indexes": list(range(min(3, layers - 1)))}
     text = {

@@ -113,6 +113,18 @@ STAGES: tuple[Stage, ...] = (
         what="measures the memory's bandwidth and the rate of large products by type",
         steps=(Step(name="peaks", function="roofline:measure", minutes=0.5),),
     ),
+    Stage(
+        name="segmenter",
+        what="SAM 2.1 large: PyTorch eager and compiled beside ONNX Runtime",
+        carried=(_RUNTIME,),
+        steps=(
+            Step(name="graphs", function="segmenter:graphs", minutes=1),
+            Step(name="pytorch eager", function="segmenter:eager", minutes=0.5),
+            Step(name="onnxruntime", function="segmenter:onnxruntime", minutes=0.5),
+            Step(name="onnxruntime replayed", function="segmenter:onnxruntime:replay", minutes=0.5),
+            Step(name="pytorch compiled", function="segmenter:compiled", minutes=2),
+        ),
+    ),
 )
 
 
