@@ -77,7 +77,7 @@ def gate_policy_layers(
     if graphs.precision.computed == "float16":
         check_float16_range(reference.largest, graphs.precision.float32_products)
     if not checkpoint.vision.gated:  # only Qwen2.5-VL's own code brings patches into the order of windows, as ours does
-        order = policy._layout.patch_order
+        order = policy.layout.patch_order
         reference.hidden |= {
             name: values[order] for name, values in reference.hidden.items() if name in towers["vision"].hidden
         }
