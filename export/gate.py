@@ -50,8 +50,8 @@ ROUNDED = GateLimits(
 QUANTIZED = GateLimits(
     max_vision_error=0.1, max_decoder_error=0.2, max_kl=5.0, max_kl_mean=0.03, min_top1=0.9, same_tokens=False
 )
-"""For int8: catches faults. What quantisation costs is for an evaluation with labelled questions to say. A place where
-a trained policy is of two minds can differ by a nat and mean nothing, so it is the mean that must stay small."""
+"""For 8 bits: catches faults. What quantisation costs is for an evaluation with labelled questions to say. A place
+where a trained policy is of two minds can differ by a nat and mean nothing, so it is the mean that must stay small."""
 
 
 COARSE = replace(ROUNDED, max_vision_error=0.1, max_decoder_error=0.1, max_kl=0.5, max_kl_mean=0.03, min_top1=0.9)
@@ -62,7 +62,7 @@ FOUR_BITS = replace(QUANTIZED, max_decoder_error=0.9, max_kl=20.0, max_kl_mean=0
 
 def default_limits(storage: str, *, lossless: bool, computed: str = "float32") -> GateLimits:
     """Limits for weights stored and products computed like that; `lossless` when storing changed no weight."""
-    by_storage = {"int8": QUANTIZED, "int4": FOUR_BITS}
+    by_storage = {"int8": QUANTIZED, "fp8": QUANTIZED, "int4": FOUR_BITS}
     if storage in by_storage:
         return by_storage[storage]
     if lossless:

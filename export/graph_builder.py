@@ -25,15 +25,20 @@ from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
 
 from .lazy_weight import Weight
-from .precisions import COMPUTED, POLICY_STORAGES, QUANTIZED_STORAGES
+from .precisions import COMPUTED, EXPLICIT_STORAGES, POLICY_STORAGES, QUANTIZED_STORAGES
 from .precisions import STORAGES as STORAGES
 from .weight_encoding import BLOCK, FLOATS, FloatEncoding, Int4Encoding, Int8Encoding, Stored
 from .weight_store import InlineStore, WeightStore, disk_error, external_tensor
 
 OPSET = 17
-IR_VERSION = 8
-TRT11_OPSET, TRT11_IR_VERSION = 24, 12
-"""The first opset with `TensorScatter`, and the format that came with it. TensorRT reads them from 10.15 on."""
+FLOAT8_OPSET = 19
+"""The first whose QuantizeLinear knows floats of 8 bits, and scales of 16."""
+TRT11_OPSET = 24
+"""The first with `TensorScatter`. TensorRT reads it from 10.15 on."""
+_IR_VERSIONS = {OPSET: 8, FLOAT8_OPSET: 9, TRT11_OPSET: 12}
+"""The file format that came with each."""
+_AXES_AS_INPUT_OPSET = 18
+"""From there on reductions take their axes as an input, and Split wants to be told into how many parts."""
 MICROSOFT = "com.microsoft"
 INT8_FROM_WIDTH = 64
 """Narrower rows take as long to be quantised as their product saves: 48 gained nothing, 96 halved it (VNNI, AMX)."""
@@ -54,7 +59,7 @@ class GraphBuilder:
         store: takes the weights; the model itself by default.
         computed: what products and attention are computed in, one of `COMPUTED`.
         float32_products: paths of products (such as "blocks.31/down") that stay in float32 whatever `computed` says.
-        opset: `OPSET`, or `TRT11_OPSET` for operators that took several nodes before.
+        opset: `OPSET`, `FLOAT8_OPSET`, or `TRT11_OPSET` for operators that took several nodes before.
     """
 
     def __init__(
@@ -279,7 +284,7 @@ class GraphBuilder:
         if self.opset >= TRT11_OPSET:
             return self.narrowed(self.node("RMSNormalization", [x, scale], axis=-1, epsilon=epsilon))
         square = self.node("Mul", [x, x])
-        mean = self.node("ReduceMean", [square], axes=[-1], keepdims=1)
+        mean = self.reduce("ReduceMean", square, -1, keepdims=1)
         root = self.node("Sqrt", [self.node("Add", [mean, self.constant(epsilon, "float32")])])
         return self.narrowed(self.node("Mul", [self.node("Div", [x, root]), scale]))
 
@@ -359,13 +364,20 @@ class GraphBuilder:
         """Reshape to numbers (0 keeps a length, -1 infers one) or to a computed shape."""
         return self.node("Reshape", [x, shape if isinstance(shape, str) else self.constant(list(shape))])
 
+    def reduce(self, op: str, x: str, axis: int, *, keepdims: int) -> str:
+        """ReduceMean, ReduceMax, ... along one axis."""
+        if self.opset >= _AXES_AS_INPUT_OPSET:
+            return self.node(op, [x, self.constant([axis])], keepdims=keepdims)
+        return self.node(op, [x], axes=[axis], keepdims=keepdims)
+
     def lengths(self, x: str, *axes: int) -> str:
         """The lengths of the given axes of `x` as an int64 vector."""
         return self.node("Gather", [self.node("Shape", [x]), self.constant(list(axes))])
 
     def rotate(self, x: str, cos: str, sin: str) -> str:
         """Rotary embedding over the last axis, halves paired: cos and sin hold half the axis and broadcast to it."""
-        first, second = self.nodes("Split", [x], [self._fresh("first"), self._fresh("second")], axis=-1)
+        counted: dict[str, Any] = {"num_outputs": 2} if self.opset >= _AXES_AS_INPUT_OPSET else {}
+        first, second = self.nodes("Split", [x], [self._fresh("first"), self._fresh("second")], axis=-1, **counted)
         rotated = [
             self.node("Sub", [self.node("Mul", [first, cos]), self.node("Mul", [second, sin])]),
             self.node("Add", [self.node("Mul", [second, cos]), self.node("Mul", [first, sin])]),
@@ -385,7 +397,7 @@ class GraphBuilder:
         if any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, producer_name="segzero-rt")
-        model.ir_version = TRT11_IR_VERSION if self.opset >= TRT11_OPSET else IR_VERSION
+        model.ir_version = _IR_VERSIONS[self.opset]
         return model
 
     def save(self, path: Path) -> None:
@@ -423,6 +435,10 @@ def check_precision(storage: str, computed: str, *, fused: bool) -> None:
         raise ExportError(f"expected weights stored as {', '.join(POLICY_STORAGES)}, got {storage!r}")
     if computed not in COMPUTED:
         raise ExportError(f"expected a graph computed in {', '.join(COMPUTED)}, got {computed!r}")
+    if storage in EXPLICIT_STORAGES:
+        raise ExportError(
+            f"expected flavour portable or trt11 for {storage} weights, got ort; it has no such operators"
+        )
     if storage in QUANTIZED_STORAGES and not fused:
         raise ExportError(f"expected flavour ort for {storage} weights, got another; those operators know floats alone")
     if computed != "float32" and fused:

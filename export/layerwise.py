@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import TensorProto, helper
 
 from segzero_rt.graph import Array, Backend, Stop, resolve_backend
 from segzero_rt.graph_spec import GraphSpec
@@ -88,6 +88,8 @@ class LayerwiseGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # it would keep what a part has taken until the next has taken its own
+        if any(weight.data_type == TensorProto.FLOAT8E4M3FN for weight in graph.initializer):  # see `Graph.load`
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not part.nodes[-1].output[0].startswith(("layers.", "blocks.")):
             # The output layer as it lies: folding its Cast and packing it would take its size three times over.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -25,7 +25,7 @@ from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
 from .precisions import INT4_METHODS
-from .qdq import Reach
+from .qdq import CODES, INT8, Reach
 from .static_int8 import make_decoder_static
 
 LAYERS_FROM_PARAMETERS = 500_000_000
@@ -82,7 +82,7 @@ def export_policy(
         flavour: of the decoder, one of `DECODER_FLAVOURS`.
         storage: precision of the weights in the files. Floats ("float16", "bfloat16", "float32") are computed in
             float32; "int8" is computed in int8, faster and less exact, in flavours other than "ort" by plain operators
-            (see `qdq`); "int4" is the decoder's in 4 bits and the tower's in 8, for flavour "ort" alone.
+            (see `qdq`), as "fp8" is; "int4" is the decoder's in 4 bits and the tower's in 8, for flavour "ort" alone.
         computed: what graphs are computed in, for flavours other than "ort"; weights are stored alike.
         float32_products: products that stay in float32 in a graph of 16 bits, beside those of `float32_by_rule`.
         resampler: what training resized with.
@@ -123,11 +123,12 @@ def export_policy(
         raise ExportError(f"expected 4 bits by {' or '.join(INT4_METHODS)}, got {int4_method!r}")
     if int4_method != "rtn" and storage != "int4":
         raise ExportError(f"expected storage int4 for 4 bits by {int4_method}, got {storage}")
-    explicit, scaled = storage == "int8" and flavour != "ort", int4_method == "awq"
+    explicit, scaled = storage in CODES and flavour != "ort", int4_method == "awq"
     precision = Precision(
         storage="float16" if explicit else storage, computed=computed, float32_products=(*by_rule, *float32_products)
     )
     check_precision(precision.storage, computed, fused=flavour == "ort")
+    codes = CODES[storage] if explicit else INT8
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
     max_length = min(max_length, checkpoint.text.max_position_embeddings)
@@ -150,9 +151,9 @@ def export_policy(
         )
         if computed == "float16":
             check_float16_range(found.largest, precision.float32_products)
-        reach = {product: Reach.of(one.largest) for product, one in found.held.items()} if explicit else None
+        reach = {path: Reach.of(one.largest, codes.smoothing) for path, one in found.held.items()} if explicit else None
         written = awq_checkpoint(checkpoint, found.held) if scaled else checkpoint
-        graphs = PolicyGraphWriter(written, folder, precision, reach=reach, **options)  # type: ignore[arg-type]
+        graphs = PolicyGraphWriter(written, folder, precision, reach=reach, codes=codes, **options)  # type: ignore[arg-type]
         graphs.plan(external)
     graphs.write()
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -190,7 +191,9 @@ def export_policy(
         manifest=manifest,
         tokenizer="policy/tokenizer.json",
         files={f"policy/{name}": folder / name for name in (*graphs.file_names, "tokenizer.json")},
-        gate=gate | ({"int4_method": int4_method} if storage == "int4" else {}),
+        gate=gate
+        | ({"int4_method": int4_method} if storage == "int4" else {})
+        | ({"emulated": codes.emulated} if codes.emulated else {}),
         loaded_bytes=graphs.loaded_bytes,
     )
 

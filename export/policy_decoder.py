@@ -42,6 +42,7 @@ def build_decoder(
     store: WeightStore | None = None,
     float32_products: Collection[str] = (),
     max_length: int | None = None,
+    opset: int = OPSET,
 ) -> GraphBuilder:
     """The decoder's graph.
 
@@ -52,6 +53,7 @@ def build_decoder(
         store: takes the weights; the model itself by default.
         float32_products: see `GraphBuilder`.
         max_length: tokens of the cache, which stand in a graph of flavour "trt11".
+        opset: see `GraphBuilder`; flavour "trt11" has one of its own.
     """
     text = checkpoint.text
     if flavour == "ort" and text.head_dim % _FUSED_HEAD_MULTIPLE:
@@ -77,7 +79,7 @@ def build_decoder(
         store=store,
         computed=computed,
         float32_products=float32_products,
-        opset=TRT11_OPSET if flavour == "trt11" else OPSET,
+        opset=TRT11_OPSET if flavour == "trt11" else opset,
     )
     kinds = {"ort": _FusedAttention, "portable": _PortableAttention, "trt11": _LayerAttention}
     attention: _Attention = kinds[flavour](builder, text)

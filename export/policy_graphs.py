@@ -10,12 +10,12 @@ from pathlib import Path
 
 from segzero_rt.errors import ExportError
 
-from .graph_builder import GraphBuilder
+from .graph_builder import OPSET, GraphBuilder
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
 from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
 from .policy_vision import build_vision
-from .qdq import QdqStore, Reach, in_int8, quantize_file
+from .qdq import INT8, Codes, QdqStore, Reach, in_8_bits, quantize_file, scale_dtype
 from .weight_store import DiskFullError, DryStore, FileStore, InlineStore, WeightStore
 
 EXTERNAL_FROM_BYTES = 1 << 30
@@ -58,8 +58,9 @@ class PolicyGraphWriter:
     """The graphs of one checkpoint on their way into `folder`. Call `plan`, then `write`.
 
     Args:
-        reach: of the inputs of products, by their paths ("decoder/layers.0/qkv"): those products are made
-            int8 by plain operators (see `qdq`), where flavour "ort" has operators of its own for that.
+        reach: of the inputs of products, by their paths ("decoder/layers.0/qkv"): those products are rounded
+            by plain operators (see `qdq`), where flavour "ort" has operators of its own for that.
+        codes: what they are rounded to.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class PolicyGraphWriter:
         input_size_hw: tuple[int, int],
         max_length: int | None = None,
         reach: Mapping[str, Reach] | None = None,
+        codes: Codes = INT8,
     ) -> None:
         self.folder = folder
         self.precision = precision
@@ -87,6 +89,7 @@ class PolicyGraphWriter:
         self._input_size_hw = input_size_hw
         self._max_length = max_length
         self._reach = dict(reach or {})
+        self._codes = codes
         self._external = False
 
     @property
@@ -136,8 +139,8 @@ class PolicyGraphWriter:
             builder = self._build(name, store)
             builder.save(self.folder / f"{name}.onnx")
             if self._reach:
-                kept = {"computed": self.precision.computed, "float32_products": self.precision.of(name)}
-                quantize_file(self.folder / f"{name}.onnx", self._reach_of(name), **kept)  # type: ignore[arg-type]
+                path, computed = self.folder / f"{name}.onnx", self.precision.computed
+                quantize_file(path, self._reach_of(name), computed=computed, codes=self._codes)
             self.lossless = self.lossless and builder.lossless
             self.builders[name] = builder
 
@@ -150,19 +153,23 @@ class PolicyGraphWriter:
         return write_token_table(self._checkpoint, self.folder, storage=self.precision.storage, store=store)
 
     def _reach_of(self, graph: str) -> dict[str, Reach]:
-        """Ranges of one graph's products that become int8, without its name."""
+        """Ranges of one graph's products that are rounded, without its name."""
         paths = {path.partition("/")[2]: reach for path, reach in self._reach.items() if path.startswith(f"{graph}/")}
         excepted = self.precision.of(graph)
-        return {path: reach for path, reach in paths.items() if in_int8(path) and path not in excepted}
+        return {path: reach for path, reach in paths.items() if in_8_bits(path) and path not in excepted}
 
     def _build(self, name: str, store: WeightStore) -> GraphBuilder:
-        store = QdqStore(store, self._reach_of(name)) if self._reach else store
+        if self._reach:
+            store = QdqStore(
+                store, self._reach_of(name), self._codes, scale_dtype(self._codes, self.precision.computed)
+            )
         options = {
             "flavour": self._flavour,
             "storage": self.precision.storage,
             "computed": self.precision.computed,
             "float32_products": self.precision.of(name),
             "store": store,
+            "opset": self._codes.opset if self._reach else OPSET,
         }
         if name == "vision":
             return build_vision(self._checkpoint, input_size_hw=self._input_size_hw, **options)  # type: ignore[arg-type]
@@ -171,7 +178,7 @@ class PolicyGraphWriter:
     def _file_store(self, name: str, *, whole_file: bool = False) -> FileStore:
         options = f"{self.precision} {self._flavour} {self._input_size_hw}"
         codes = hashlib.sha256(b"".join(path.encode() + reach.key() for path, reach in sorted(self._reach.items())))
-        quantized = f" {codes.hexdigest()}" if self._reach else ""
+        quantized = f" {self._codes.name} {codes.hexdigest()}" if self._reach else ""
         fingerprint = f"{self._checkpoint.fingerprint()} {options}{quantized}"
         try:
             store = FileStore(self.folder / name, fingerprint, whole_file=whole_file)

@@ -22,7 +22,7 @@ import numpy as np
 
 from segzero_rt.graph_spec import vision_spec
 
-from .graph_builder import MICROSOFT, GraphBuilder
+from .graph_builder import MICROSOFT, OPSET, GraphBuilder
 from .lazy_weight import Floats, Weight
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_sizes import VisionSizes
@@ -43,6 +43,7 @@ def build_vision(
     store: WeightStore | None = None,
     float32_products: Collection[str] = (),
     input_size_hw: tuple[int, int] | None = None,
+    opset: int = OPSET,
 ) -> GraphBuilder:
     """The vision tower's graph. Between its attentions, all patches of all pictures stand in one matrix.
 
@@ -53,6 +54,7 @@ def build_vision(
         store: takes the weights; the model itself by default.
         float32_products: see `GraphBuilder`.
         input_size_hw: the one size of pictures that the graph is for; any by default.
+        opset: see `GraphBuilder`.
     """
     sizes = checkpoint.vision
     patch_dim = sizes.channels * sizes.patch_size**2
@@ -70,6 +72,7 @@ def build_vision(
         store=store,
         computed=computed,
         float32_products=float32_products,
+        opset=opset,
     )
     residual = _embed_patches(builder, checkpoint, patch_dim)
     whole = input_size_hw is not None and not any(length % sizes.window_size for length in input_size_hw)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 STORAGES = ("float16", "float32", "int8")
 """Of weights in the files of both models."""
-POLICY_STORAGES = (*STORAGES, "bfloat16", "int4")
+POLICY_STORAGES = (*STORAGES, "bfloat16", "int4", "fp8")
+EXPLICIT_STORAGES = ("fp8",)
+"""That plain operators alone spell out, in flavours other than "ort"."""
 QUANTIZED_STORAGES = ("int8", "int4")
+"""Whose products are operators of ONNX Runtime's own in flavour "ort"."""
 COMPUTED = ("float32", "float16")
 """ONNX Runtime has no products of bfloat16 on CPUs, so that no gate could try them; as storage it is fine."""
 ENCODER_COMPUTED = (*COMPUTED, "bfloat16")

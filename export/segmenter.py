@@ -34,7 +34,7 @@ from .graph_builder import STORAGES, float_storage
 from .lazy_weight import Floats
 from .onnx_weights import store_weights_fp16
 from .precisions import ENCODER_COMPUTED
-from .qdq import Reach, channel_peaks, in_int8, quantize_model
+from .qdq import Reach, channel_peaks, in_8_bits, quantize_model
 from .segmenter_checkpoint import load_checkpoint
 from .segmenter_decoder import build_mask_decoder
 from .segmenter_encoder import build_image_encoder
@@ -174,7 +174,7 @@ def _write_in_int8(model: Sam2Model, path: Path, pixels: Sequence[NDArray[np.flo
     for batch in pixels:
         for product, found in channel_peaks(exact, {"pixel_values": batch}).items():
             peaks[product] = np.maximum(peaks[product], found) if product in peaks else found
-    reach = {product: Reach.of(found) for product, found in peaks.items() if in_int8(product)}
+    reach = {product: Reach.of(found) for product, found in peaks.items() if in_8_bits(product)}
     halved = build_image_encoder(model, spec, flavour=flavour, storage="float16").model()
     onnx.save(quantize_model(halved, reach), str(path))
     onnx.checker.check_model(str(path))

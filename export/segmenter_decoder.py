@@ -172,7 +172,7 @@ class _MaskDecoder:
         query = self._places(module, "query", placed, missing)
         key, value = self._heads(module, "key", asked), self._heads(module, "value", tokens)
         scores = builder.node("MatMul", [key, query])  # [B, N, H, T, S]
-        scores = builder.node("Sub", [scores, builder.node("ReduceMax", [scores], axes=[-2], keepdims=1)])
+        scores = builder.node("Sub", [scores, builder.reduce("ReduceMax", scores, -2, keepdims=1)])
         shares = builder.node("Exp", [scores])
         total = builder.node("ReduceSum", [shares, builder.constant([-2])], keepdims=1)
         mixed = builder.node("Div", [builder.node("MatMul", [self._turned(value), shares]), total])

@@ -330,7 +330,7 @@ class _Block:
             return rows
         builder, members = self._builder, self._stride**2
         windows = builder.reshape(rows, [-1, members, slots // members, width])
-        pooled = builder.node("ReduceMax", [windows], axes=[1], keepdims=0)
+        pooled = builder.reduce("ReduceMax", windows, 1, keepdims=0)
         return builder.reshape(pooled, [-1, width])
 
     def _after(self, tokens: Tokens, groups: Indices) -> Tokens:

@@ -20,6 +20,8 @@ from .lazy_weight import Floats, Weight
 BLOCK = 32
 """Numbers along a row that share one scale in 4 bits: what ONNX Runtime's kernels are made for."""
 
+FLOAT8, HIGHEST_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn), 448.0
+
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -142,6 +144,52 @@ class Int8Encoding(Encoding):
         self.lossless = False
         yield 0, numbers
         yield 1, scales
+
+
+class Float8Encoding(Encoding):
+    """Numbers [in, out] as float8 e4m3fn, and one scale for each output.
+
+    Args:
+        scale_dtype: of the scales, and so of what the numbers stand for: "float32" or "float16".
+    """
+
+    def __init__(self, path: str, weight: Weight, *, name: str, scale_name: str, scale_dtype: str = "float32") -> None:
+        out, width = weight.shape
+        numbers = Stored(name=name, dtype=FLOAT8, shape=(width, out))
+        super().__init__(path, weight, (numbers, Stored(name=scale_name, dtype=FLOATS[scale_dtype], shape=(out,))))
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        codes = np.empty(self.tensors[0].shape, dtype=np.uint8)
+        scales = np.empty(self.tensors[1].shape, dtype=self.tensors[1].dtype)
+        start = 0
+        for values in self.weight.chunks():
+            rows = slice(start, start := start + len(values))
+            scales[rows] = float8_scale(np.abs(self._checked(values)).max(axis=1), scales.dtype)
+            steps: Floats = scales[rows, None].astype(np.float32)
+            codes[:, rows] = as_float8(values / steps).view(np.uint8).T
+        if not np.isfinite(scales).all():
+            raise ExportError(f"expected weights whose scales fit into {scales.dtype}, got larger ones in {self.path}")
+        self.lossless = False
+        yield 0, codes.view(FLOAT8)
+        yield 1, scales
+
+
+def float8_scale(largest: Floats, dtype: np.dtype) -> np.ndarray:
+    """What float8's numbers are multiplied by to reach magnitudes up to `largest`.
+
+    Never a subnormal number of `dtype`, which have few bits, and which devices may take for 0: smaller values than that
+    use the lower end of float8's range, where it is as exact.
+    """
+    return np.maximum(np.asarray(largest) / HIGHEST_FLOAT8, np.finfo(dtype).smallest_normal).astype(dtype)
+
+
+def as_float8(values: Floats) -> np.ndarray:
+    """Rounded to the nearest float8 e4m3fn, ties to even, beyond its range to its largest; NaN stays NaN."""
+    import torch  # twice as fast as ml_dtypes
+
+    held = torch.from_numpy(np.ascontiguousarray(values)).clamp(-HIGHEST_FLOAT8, HIGHEST_FLOAT8)
+    codes: np.ndarray = held.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return codes.view(FLOAT8)
 
 
 class Int4Encoding(Encoding):
