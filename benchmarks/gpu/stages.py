@@ -86,6 +86,23 @@ class Stage:
 
 _PYCUDA, _RUNTIME = "pycuda", "onnxruntime"
 
+
+def _policy(name: str, like: str, graphs_minutes: float, minutes: float) -> Stage:
+    """The stage of one published shape."""
+    return Stage(
+        name=name,
+        what=f"{like}, random weights: PyTorch eager and compiled beside ONNX Runtime",
+        carried=(_RUNTIME,),
+        steps=(
+            Step(name="graphs", function=f"policy:graphs:{like}", minutes=graphs_minutes),
+            Step(name="pytorch eager", function=f"policy_pytorch:eager:{like}", minutes=minutes),
+            Step(name="onnxruntime", function=f"policy_onnx:onnxruntime:{like}", minutes=minutes),
+            Step(name="onnxruntime replayed", function=f"policy_onnx:onnxruntime:{like}:replay", minutes=minutes),
+            Step(name="pytorch compiled", function=f"policy_pytorch:compiled:{like}", minutes=minutes + 1),
+        ),
+    )
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="install",
@@ -114,6 +131,18 @@ STAGES: tuple[Stage, ...] = (
         steps=(Step(name="peaks", function="roofline:measure", minutes=0.5),),
     ),
     Stage(
+        name="kernels",
+        what="parser, masks, frames and tokens on the device: time, share of the bandwidth, the host's results",
+        carried=(_PYCUDA, "model_outputs"),
+        steps=(
+            Step(name="parser, many replies", function="kernels_parser:many", minutes=0.5),
+            Step(name="parser, one reply", function="kernels_parser:one", minutes=0.5),
+            Step(name="parser, calls from Python", function="kernels_parser:batches", minutes=0.5),
+            Step(name="parser, mutants", function="kernels_parser:fuzz", minutes=1),
+            Step(name="tokens", function="kernels_tokens:measure", minutes=0.5),
+        ),
+    ),
+    Stage(
         name="segmenter",
         what="SAM 2.1 large: PyTorch eager and compiled beside ONNX Runtime",
         carried=(_RUNTIME,),
@@ -125,6 +154,8 @@ STAGES: tuple[Stage, ...] = (
             Step(name="pytorch compiled", function="segmenter:compiled", minutes=2),
         ),
     ),
+    _policy("policy-3b", "qwen2.5-vl-3b", 2, 1),
+    _policy("policy-7b", "qwen2.5-vl-7b", 4, 1.5),
 )
 
 
