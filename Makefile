@@ -12,19 +12,23 @@ DEMO_QUESTION ?= dinner is ready to be served, what helps
 PACKAGING := setup.py pyproject.toml segzero_rt/__init__.py
 SOURCES = $(shell find segzero_rt export training -name '*.py' -o -name '*.cu*' -o -name '*.[ch]pp' -o -path 'segzero_rt/bundles/*' -type f)
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-arm64 lint clean
 
 demo: .venv-demo/stamp
 	mkdir -p demo
 	.venv-demo/bin/segzero run "$(DEMO_PICTURE)" "$(DEMO_QUESTION)" --out demo/overlay.png
 	@echo "overlay: demo/overlay.png"
 
-test: .venv-test/stamp .venv-py310/stamp .venv-sam2/stamp lint
+test: .venv-test/stamp .venv-py310/stamp .venv-sam2/stamp .venv-arm64/finished lint
 	SEGZERO_PYTHON310=$(CURDIR)/.venv-py310/bin/python .venv-test/bin/python -m pytest -m 'not gpu' $(PYTEST_ARGS)
 
 # What a developer runs while writing: no slow tests.
 test-fast: .venv-test/stamp lint
 	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
+
+# All tests of the runtime that need no PyTorch, on Debian arm64 under qemu-user: ten minutes on an idle machine.
+test-arm64: .venv-test/stamp .venv-arm64/finished
+	.venv-test/bin/python -m benchmarks.arm64_tests .venv-arm64
 
 lint: .venv-test/stamp
 	.venv-test/bin/ruff check .
@@ -64,5 +68,10 @@ lint: .venv-test/stamp
 	  iopath portalocker timm
 	touch $@
 
+# A Debian arm64 Python that qemu-user runs, unpacked into this folder. Where it cannot be made (no x86-64 Debian, no
+# network), this says why, and the tests that use it are skipped.
+.venv-arm64/finished: .venv-test/stamp benchmarks/emulated_arm64.py
+	-.venv-test/bin/python -m benchmarks.emulated_arm64 .venv-arm64
+
 clean:
-	rm -rf .venv-demo .venv-test .venv-py310 .venv-sam2 build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv-demo .venv-test .venv-py310 .venv-sam2 .venv-arm64 build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache

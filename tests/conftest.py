@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tiny_bundles import BUNDLES_VARIABLE, export_tiny_bundle, write_tiny_checkpoints
 
-from segzero_rt.bundle import EMBEDDED, write_bundle
+from segzero_rt.bundle import EMBEDDED
 
 if TYPE_CHECKING:
     from exported_segmenter import Exported
@@ -19,23 +21,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a policy and a segmenter with random weights, as transformers saves them."""
-    from policy_checkpoints import write_checkpoint
-
-    from training.segmenter_model import SegmenterSize, build_segmenter
-
-    folder = tmp_path_factory.mktemp("checkpoints")
-    write_checkpoint(folder / "policy")
-    size = SegmenterSize(
-        side=64,
-        stage_dims=(16, 32, 64, 128),
-        stage_blocks=(1, 1, 2, 1),
-        stage_heads=(1, 1, 2, 2),
-        stage_windows=(4, 2, 4, 2),
-        global_blocks=(3,),
-        decoder_dim=32,
-    )
-    build_segmenter(size).save_pretrained(folder / "segmenter")
-    return folder / "policy", folder / "segmenter"
+    pytest.importorskip("torch", reason="writes checkpoints; it comes with segzero-rt[export]")
+    return write_tiny_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="session")
@@ -47,52 +34,23 @@ def exported_segmenter(tiny_checkpoints: tuple[Path, Path], tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: tuple[Path, Path]) -> Path:
+def tiny_bundle_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a few hundred kilobytes with random weights, exported as any other. It says nothing sensible."""
-    from dataclasses import replace
-
-    from export.command import assemble, tabletop
-    from export.policy import export_policy
-    from export.segmenter import export_segmenter
-
-    work = tmp_path_factory.mktemp("tiny")
-    preset = replace(tabletop(), name="tiny", input_size_hw=(56, 84), max_length=512, max_new_tokens=24)
-    policy = export_policy(
-        tiny_checkpoints[0],
-        work / "parts",
-        input_size_hw=preset.input_size_hw,
-        max_length=preset.max_length,
-        max_new_tokens=preset.max_new_tokens,
-        gate_questions=("the red cup",),
-    )
-    segmenter = export_segmenter(tiny_checkpoints[1], work / "parts")
-    manifest, files = assemble(preset, "tiny", policy, segmenter, None)
-    return write_bundle(work / "bundle", manifest, files).root
+    return _tiny_bundle("tiny", request, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def portable_bundle_path(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: tuple[Path, Path]) -> Path:
+def portable_bundle_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle once more, in operators that TensorRT reads; no gate, since none of its answers is looked at."""
-    from dataclasses import replace
+    return _tiny_bundle("portable", request, tmp_path_factory)
 
-    from export.command import assemble, tabletop
-    from export.policy import export_policy
-    from export.segmenter import export_segmenter
 
-    work = tmp_path_factory.mktemp("portable")
-    preset = replace(tabletop(), name="portable", input_size_hw=(56, 84), max_length=512, flavour="portable")
-    policy = export_policy(
-        tiny_checkpoints[0],
-        work / "parts",
-        input_size_hw=preset.input_size_hw,
-        flavour=preset.flavour,
-        max_length=preset.max_length,
-        max_new_tokens=24,
-        gate_questions=("the red cup",),
-    )
-    segmenter = export_segmenter(tiny_checkpoints[1], work / "parts", flavour=preset.flavour)
-    manifest, files = assemble(preset, "portable", policy, segmenter, None)
-    return write_bundle(work / "bundle", manifest, files).root
+def _tiny_bundle(name: str, request: pytest.FixtureRequest, temporary: pytest.TempPathFactory) -> Path:
+    made_elsewhere = os.environ.get(BUNDLES_VARIABLE)
+    if made_elsewhere:
+        return Path(made_elsewhere) / name
+    work = temporary.mktemp(name)
+    return export_tiny_bundle(request.getfixturevalue("tiny_checkpoints"), name, work / "parts", work / "bundle")
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +65,7 @@ def bundle_path(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def policy_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a checkpoint by the name of its sizes; each is made once."""
+    pytest.importorskip("torch", reason="writes checkpoints; it comes with segzero-rt[export]")
     from policy_checkpoints import SIZES, write_checkpoint
 
     made: dict[str, Path] = {}
