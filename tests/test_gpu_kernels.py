@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_builds import BUILDS, kernel_build
 
-from benchmarks.gpu import kernels_parser, kernels_tokens
+from benchmarks.gpu import kernels_parser, kernels_pictures, kernels_tokens
 from benchmarks.gpu.errors import GpuCheckError
 from benchmarks.gpu.replay import seconds_each_run
 from benchmarks.gpu.stages import Context
@@ -21,7 +21,7 @@ pytest.importorskip("torch", reason="torch is not installed; it comes with segze
 @pytest.fixture(params=BUILDS[1:])
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     found = kernel_build(request.param)
-    for module in (kernels_parser, kernels_tokens):
+    for module in (kernels_parser, kernels_pictures, kernels_tokens):
         monkeypatch.setattr(module, "open_kernels", lambda context: found)
     return found
 
@@ -69,13 +69,46 @@ def test_tokens(build: Kernels, context: Context, monkeypatch: pytest.MonkeyPatc
     figures = kernels_tokens.measure(context)
     assert figures["greedy, one reply"]["counted_bytes"] == 2000.0 and figures["top-p, 8 replies"]["milliseconds"] > 0
     real = kernels_tokens.sample_token
-    monkeypatch.setattr(
-        kernels_tokens,
-        "sample_token",
-        lambda logits, **options: real(-logits if options["kernels"] is build else logits, **options),
-    )
+
+    def spoilt(logits: np.ndarray, **options: Any) -> Any:
+        return real(-logits if options["kernels"] is build else logits, **options)
+
+    monkeypatch.setattr(kernels_tokens, "sample_token", spoilt)
     with pytest.raises(GpuCheckError, match="the reference's tokens"):
         kernels_tokens.measure(context)
+
+
+def test_masks(build: Kernels, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = kernels_pictures.masks(context)
+    assert figures["2 masks, plain"]["counted_bytes"] == 2 * (4 * 256 * 256 + 45 * 61)
+    assert all(one["milliseconds"] > 0 for name, one in figures.items() if name.startswith("2 masks"))
+    assert len(figures) == 3 + 4
+    spoil(monkeypatch, "postprocess_masks")
+    with pytest.raises(GpuCheckError, match="makes others with"):
+        kernels_pictures.masks(context)
+
+
+def test_frames(build: Kernels, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = kernels_pictures.frames(context)
+    assert figures["policy patches"]["counted_bytes"] == 3 * 45 * 61 + 4 * 3 * 56 * 28
+    assert figures["segmenter planes"]["counted_bytes"] == 3 * 45 * 61 + 4 * 3 * 16 * 24
+    spoil(monkeypatch, "preprocess")
+    with pytest.raises(GpuCheckError, match="the host's numbers for policy patches"):
+        kernels_pictures.frames(context)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Has the first call of an operation go wrong in its last number: that of the build that is measured."""
+    real, calls = getattr(kernels_pictures, name), []
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        made = real(*arguments, **options)
+        calls.append(name)
+        if len(calls) == 1:
+            (made if isinstance(made, np.ndarray) else made.areas).reshape(-1)[-1] += 1
+        return made
+
+    monkeypatch.setattr(kernels_pictures, name, spoilt)
 
 
 def test_replies_are_real_where_they_were_carried(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

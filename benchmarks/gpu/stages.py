@@ -139,6 +139,8 @@ STAGES: tuple[Stage, ...] = (
             Step(name="parser, one reply", function="kernels_parser:one", minutes=0.5),
             Step(name="parser, calls from Python", function="kernels_parser:batches", minutes=0.5),
             Step(name="parser, mutants", function="kernels_parser:fuzz", minutes=1),
+            Step(name="masks", function="kernels_pictures:masks", minutes=0.5),
+            Step(name="frames", function="kernels_pictures:frames", minutes=0.5),
             Step(name="tokens", function="kernels_tokens:measure", minutes=0.5),
         ),
     ),
