@@ -214,6 +214,24 @@ class Graph:
                     raise GraphError(f"graph {self.spec.label}: expected a contiguous buffer for {name}")
         return BoundGraph(self._session, self.spec.label, inputs, outputs, on_host=self.backend.device == "cpu")
 
+    def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs for inputs of these shapes.
+
+        Raises:
+            GraphError: inputs do not fit the spec, or the file leaves a length of an output open that they do not tell.
+        """
+        lengths = self.spec.check_shapes(shapes)
+        found = {}
+        for tensor, declared in zip(self.spec.outputs, self._session.get_outputs(), strict=True):
+            sides = [
+                have if isinstance(have, int) else lengths.get(str(want), want)
+                for want, have in zip(tensor.shape, declared.shape, strict=True)
+            ]
+            if not all(isinstance(side, int) for side in sides):
+                raise GraphError(f"graph {self.spec.label}: expected to know the shape of {tensor}, got {sides}")
+            found[tensor.name] = tuple(int(side) for side in sides)
+        return found
+
     def enqueuer(self, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
         """A function that enqueues a run over memory of the device, and does not wait for it.
 

@@ -121,9 +121,9 @@ class SegZero:
         """
         start = time.perf_counter()
         image_rgb = as_image(image)
-        _check_question(question)
+        check_question(question)
         # A question that does not fit the context must not cost a look at the picture first.
-        self.policy.question_tokens(question, _format(answer_format))
+        self.policy.question_tokens(question, as_format(answer_format))
         look = self._look(image_rgb, ahead=False)
         result = self.ask(
             look,
@@ -166,8 +166,8 @@ class SegZero:
     ) -> Segmentation:
         """Answers a question about a picture that was looked at; arguments and errors as in `__call__`."""
         start = time.perf_counter()
-        _check_question(question)
-        chosen = _format(answer_format) or self.policy.default_format
+        check_question(question)
+        chosen = as_format(answer_format) or self.policy.default_format
         generation = self.policy.ask(
             look.view,
             question,
@@ -297,13 +297,13 @@ def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _check_question(question: object) -> None:
+def check_question(question: object) -> None:
     """What holds for every policy; whether a question fits the context is the policy's to say."""
     if not isinstance(question, str) or not question.strip():
         raise QuestionError(f"expected a question in words, got {str(question)[:40]!r}; say what to look for")
 
 
-def _format(chosen: AnswerFormat | str | None) -> AnswerFormat | None:
+def as_format(chosen: AnswerFormat | str | None) -> AnswerFormat | None:
     if isinstance(chosen, str):
         if chosen not in FORMATS:
             raise QuestionError(f"expected an answer format of {', '.join(FORMATS)}, got {chosen[:40]!r}")

@@ -273,7 +273,7 @@ class Policy:
         stream = TextStream(self.chat)
         pieces: list[str] = []
         for given in started:
-            _tell(stream.push(given), pieces, on_token)
+            tell(stream.push(given), pieces, on_token)
         runs = TokenRuns(self.embedding, cache)
         form = answer_format or self.default_format
         draft = self._draft(runs, cache, form, prompt)
@@ -290,8 +290,8 @@ class Policy:
                 break
             if (token_id := next(tokens, None)) is None:
                 break
-            _tell(stream.push(token_id), pieces, on_token)
-        _tell(stream.finish(), pieces, on_token)
+            tell(stream.push(token_id), pieces, on_token)
+        tell(stream.finish(), pieces, on_token)
         clock.lap("decode")
         return Generation(
             text="".join(pieces),
@@ -486,7 +486,7 @@ def cache_sizes(manifest: PolicyManifest) -> CacheSizes:
     )
 
 
-def _tell(piece: str, pieces: list[str], on_token: Callable[[str], None] | None) -> None:
+def tell(piece: str, pieces: list[str], on_token: Callable[[str], None] | None) -> None:
     if piece:
         pieces.append(piece)
         if on_token is not None:

@@ -56,9 +56,9 @@ class ImageEncoder:
     """Pictures to features. Safe to call from another thread than the policy's."""
 
     def __init__(self, graph: Graph, manifest: SegmenterManifest) -> None:
-        self._graph = graph
+        self.graph = graph
         self.manifest = manifest
-        self._tensor = InputTensor(
+        self.tensor = InputTensor(
             size_hw=manifest.input_size_hw,
             image_mean=manifest.image_mean,
             image_std=manifest.image_std,
@@ -84,7 +84,7 @@ class ImageEncoder:
         Raises:
             ImageError: not uint8 [H, W, 3], or empty.
         """
-        return preprocess(Frame.rgb(image_rgb), self._tensor)[None]
+        return preprocess(Frame.rgb(image_rgb), self.tensor)[None]
 
     def __call__(self, image_rgb: NDArray[np.uint8], *, stop: Stop | None = None) -> ImageEmbedding:
         """Encodes one picture, uint8 [H, W, 3] RGB.
@@ -93,7 +93,7 @@ class ImageEncoder:
             ImageError: another layout, or an empty picture.
             GraphError: the backend fails, or `stop` was called meanwhile.
         """
-        features = self._graph.run({"pixel_values": self.pixel_values(image_rgb)}, stop=stop)
+        features = self.graph.run({"pixel_values": self.pixel_values(image_rgb)}, stop=stop)
         return ImageEmbedding(features=features, size_hw=(image_rgb.shape[0], image_rgb.shape[1]))
 
 
@@ -104,7 +104,7 @@ class MaskDecoder:
         self, graph: Graph, manifest: SegmenterManifest, mask_prompt: Callable[[], Graph] | None = None
     ) -> None:
         """`mask_prompt` gives the graph that takes masks in; it is asked with the first such prompt."""
-        self._graph = graph
+        self.graph = graph
         self._mask_prompt = mask_prompt
         self.manifest = manifest
 
@@ -142,11 +142,12 @@ class MaskDecoder:
         asked = [SegmenterPrompt.of(prompt) for prompt in prompts]
         logits = np.zeros((len(asked), *self.manifest.mask_size_hw), np.float32)
         scores, object_logits = np.zeros(len(asked), np.float32), np.zeros(len(asked), np.float32)
-        for members in _groups(asked):
+        for members in prompt_groups(asked):
             group = [asked[index] for index in members]
-            points_xy, labels = self._points(group, embedding.size_hw)
+            points_xy = points_of(group, self.manifest.input_size_hw, embedding.size_hw)[None]
+            labels = np.tile(np.array(group[0].labels, np.int64), (1, len(group), 1))
             features = self._features(embedding, group[0])
-            outputs = self._graph.run({**features, "points_xy": points_xy, "labels": labels})
+            outputs = self.graph.run({**features, "points_xy": points_xy, "labels": labels})
             chosen, chosen_scores = choose_masks(
                 outputs["mask_logits"][0], outputs["iou_scores"][0], multimask=multimask
             )
@@ -167,18 +168,17 @@ class MaskDecoder:
         inputs = {"image_embeddings": embedding.features["image_embeddings"], "mask_logits": mask[None, None]}
         return {**embedding.features, "image_embeddings": self._mask_prompt().run(inputs)["prompted_embeddings"]}
 
-    def _points(
-        self, prompts: Sequence[SegmenterPrompt], size_hw: tuple[int, int]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Prompts with the same labels -> float32 [1, N, P, 2] in input pixels and labels int64 [1, N, P]."""
-        height, width = self.manifest.input_size_hw
-        scale_xy = np.array([width / size_hw[1], height / size_hw[0]])
-        points = np.array([prompt.labelled_xy for prompt in prompts], np.float64).reshape(len(prompts), -1, 2)
-        points_xy = (points * scale_xy).astype(np.float32)
-        return points_xy[None], np.tile(np.array(prompts[0].labels, np.int64), (1, len(prompts), 1))
+
+def points_of(
+    prompts: Sequence[SegmenterPrompt], input_size_hw: tuple[int, int], source_size_hw: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Labelled points of prompts with the same labels: float32 [N, P, 2] in pixels of the encoder's input."""
+    scale_xy = np.array([input_size_hw[1] / source_size_hw[1], input_size_hw[0] / source_size_hw[0]])
+    points = np.array([prompt.labelled_xy for prompt in prompts], np.float64).reshape(len(prompts), -1, 2)
+    return np.asarray(points * scale_xy, np.float32)
 
 
-def _groups(prompts: Sequence[SegmenterPrompt]) -> list[list[int]]:
+def prompt_groups(prompts: Sequence[SegmenterPrompt]) -> list[list[int]]:
     """Indices of prompts with the same labels, so that no prompt is filled up with points that mean nothing.
 
     A prompt with a mask stands alone: the mask changes the picture's features.

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from host_device import HostDriver
 
-from segzero_rt.device import Device, DeviceArray, Dimensions
-from segzero_rt.kernels.backend import resolve_kernels
-from segzero_rt.kernels.preprocess import Frame, InputTensor, preprocess
-from segzero_rt.kernels.sample_token import GrammarTable, sample_token
-from segzero_rt.resident.kernels import ResidentFrame, ResidentGrammar
+from segzero_rt.device import Device, Dimensions
+
+_ONE_LAUNCH = threading.Lock()
+"""Kernels by g++ have one `threadIdx` for all, so that two streams take turns."""
 
 
 class StreamDriver(HostDriver):
@@ -62,7 +61,11 @@ class StreamDriver(HostDriver):
     def launch(
         self, function: tuple[str, Any], grid: Dimensions, block: Dimensions, packed: bytes, shared_bytes: int
     ) -> None:
-        self._later(lambda: HostDriver.launch(self, function, grid, block, packed, shared_bytes))
+        def run() -> None:
+            with _ONE_LAUNCH:
+                HostDriver.launch(self, function, grid, block, packed, shared_bytes)
+
+        self._later(run)
 
     def call(self, work: Callable[[], None]) -> None:
         self._later(work)
@@ -109,65 +112,3 @@ class StreamDriver(HostDriver):
 def host_stream() -> tuple[Device, StreamDriver]:
     driver = StreamDriver()
     return Device(driver), driver
-
-
-def host_view(array: DeviceArray) -> np.ndarray:
-    """Memory of the stream's device as NumPy's; only work in the stream may look at it."""
-    import ctypes
-
-    memory = (ctypes.c_uint8 * max(1, array.num_bytes)).from_address(array.address)
-    return np.frombuffer(memory, np.uint8, array.num_bytes).view(array.dtype).reshape(array.shape)
-
-
-class HostKernels:
-    """`ResidentKernels` by the operations' public functions, in the build that this process uses."""
-
-    def __init__(self, device: Device) -> None:
-        self._device, self._kernels = device, resolve_kernels()
-
-    def preprocess(
-        self, frame: ResidentFrame, tensor: InputTensor, out: DeviceArray, *, order: np.ndarray | None = None
-    ) -> None:
-        def run() -> None:
-            values = preprocess(host_frame(frame), tensor, order=order, kernels=self._kernels)
-            host_view(out).reshape(values.shape)[:] = values
-
-        self._device.call(run)
-
-    def sample_token(
-        self,
-        logits: DeviceArray,
-        *,
-        grammar: ResidentGrammar | None,
-        state: DeviceArray,
-        steps_left: DeviceArray,
-        token_id: DeviceArray,
-        next_state: DeviceArray,
-    ) -> None:
-        def run() -> None:
-            table = None
-            if grammar is not None:
-                table = GrammarTable(**{name: host_view(array) for name, array in grammar.arrays.items()})
-            said = sample_token(
-                host_view(logits),
-                grammar=table,
-                states=host_view(state).copy(),
-                steps_left=host_view(steps_left).copy(),
-                kernels=self._kernels,
-            )
-            host_view(token_id)[:], host_view(next_state)[:] = said.token_ids, said.states
-
-        self._device.call(run)
-
-
-def host_frame(frame: ResidentFrame) -> Frame:
-    """The frame as `preprocess` takes it."""
-    height, width = frame.size_hw
-    channels = {"rgb": (3,), "bgr": (3,), "nv12": (1, 2)}[frame.pixel_format]
-    planes = []
-    for plane, pitch, count, shrunk in zip(frame.planes, frame.pitches_bytes, channels, (1, 2), strict=False):
-        rows, columns = -(-height // shrunk), -(-width // shrunk)
-        shape, strides = (rows, columns, count), (pitch, count, 1)
-        pixels = np.lib.stride_tricks.as_strided(host_view(plane), shape, strides, writeable=False)
-        planes.append(pixels[:, :, 0] if count == 1 else pixels)
-    return Frame(pixel_format=frame.pixel_format, planes=tuple(planes), colours=frame.colours)

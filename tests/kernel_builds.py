@@ -43,8 +43,12 @@ def kernel_build(name: str) -> Kernels:
 @functools.cache
 def device_on_host() -> Kernels:
     """A device's build on the host; compiled once per state of the sources."""
-    kernels = DeviceKernels(Device(HostDriver()), code=lambda source: str(_library()).encode())
-    return Kernels(name="cuda", detail="compiled by g++, for tests", device=kernels)
+    return Kernels(name="cuda", detail="compiled by g++, for tests", device=kernels_on(Device(HostDriver())))
+
+
+def kernels_on(device: Device) -> DeviceKernels:
+    """The kernels compiled by g++ on a device in host memory."""
+    return DeviceKernels(device, code=lambda source: str(_library()).encode())
 
 
 @functools.cache

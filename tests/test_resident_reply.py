@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_stream import HostKernels, host_stream
+from host_stream import host_stream
+from kernel_builds import ONLY_COMPILER, kernels_on
 
 from segzero_rt.answer_format import SEG_ZERO
 from segzero_rt.bundle import Bundle
 from segzero_rt.errors import GraphError, QuestionError
 from segzero_rt.image import load_image
+from segzero_rt.kernels.preprocess_device import DeviceFrame
 from segzero_rt.policy import Policy
-from segzero_rt.resident.kernels import ResidentFrame
 from segzero_rt.resident.policy import ResidentPolicy
 
+pytestmark = ONLY_COMPILER
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "tabletop.png"
 QUESTIONS = ("the spoon", "dinner is ready to be served, what helps", "the purple elephant")
 
@@ -33,14 +35,14 @@ class Twins:
     def __init__(self, bundle: Bundle, *, constrained: bool = False, lead: int = 1) -> None:
         self.host = Policy.load(bundle, backend="cpu", threads=1, draft_tokens=0, constrained=constrained)
         self.device, self.driver = host_stream()
-        self.resident = ResidentPolicy(self.host, self.device, HostKernels(self.device), lead=lead)
+        self.resident = ResidentPolicy(self.host, kernels_on(self.device), lead=lead)
 
-    def frame(self, picture: np.ndarray) -> ResidentFrame:
+    def frame(self, picture: np.ndarray) -> DeviceFrame:
         plane = self.device.to_device(picture.reshape(-1))
         height, width = picture.shape[:2]
-        return ResidentFrame(pixel_format="rgb", size_hw=(height, width), planes=(plane,), pitches_bytes=(3 * width,))
+        return DeviceFrame(pixel_format="rgb", size_hw=(height, width), planes=(plane,), pitches_bytes=(3 * width,))
 
-    def answer(self, frame: ResidentFrame, question: str, **options: Any) -> tuple[int, ...]:
+    def answer(self, frame: DeviceFrame, question: str, **options: Any) -> tuple[int, ...]:
         return tuple(self.resident.ask(self.resident.look(frame, ahead=False), question, **options))
 
 

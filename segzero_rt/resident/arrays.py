@@ -36,8 +36,8 @@ class Staging:
         self._full: list[NDArray[np.uint8]] = []  # blocks that copies may still read
         self._last: Event | None = None
 
-    def upload(self, values: NDArray[Any], memory: DeviceArray) -> None:
-        """Enqueues a copy of an array, which may change as soon as this returns."""
+    def hold(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The values in page-locked memory, for copies that are enqueued before the next `release`."""
         if self._last is not None and self.device.reached(self._last):
             self._used, self._last = 0, None
             self._full.clear()
@@ -46,10 +46,18 @@ class Staging:
             self._full.append(self._block)
             self._block, begin = self.device.pinned((max(2 * self._block.nbytes, values.nbytes),), np.uint8), 0
         self._used = begin + values.nbytes
-        staged = self._block[begin : self._used].view(values.dtype).reshape(values.shape)
-        staged[...] = values
-        self.device.upload(staged, memory)
+        held = self._block[begin : self._used].view(values.dtype).reshape(values.shape)
+        held[...] = values
+        return held
+
+    def release(self) -> None:
+        """Says that every copy of what is held has been enqueued: behind them the memory serves again."""
         self._last = self.device.record()
+
+    def upload(self, values: NDArray[Any], memory: DeviceArray) -> None:
+        """Enqueues a copy of an array, which may change as soon as this returns."""
+        self.device.upload(self.hold(values), memory)
+        self.release()
 
     def to_device(self, values: NDArray[Any]) -> DeviceArray:
         """A copy of an array on the device."""

@@ -14,13 +14,15 @@ import numpy as np
 
 from segzero_rt.answer_format import AnswerFormat
 from segzero_rt.constrained import AnswerConstraint
-from segzero_rt.device import Device, DeviceArray
+from segzero_rt.device import DeviceArray
 from segzero_rt.errors import QuestionError
+from segzero_rt.kernels.device_kernels import DeviceKernels
+from segzero_rt.kernels.preprocess_device import DeviceFrame, DevicePreprocessor
+from segzero_rt.kernels.sample_token_device import DeviceGrammar, DeviceSampler
 from segzero_rt.policy import Policy, cache_sizes
 from segzero_rt.positions import PictureSpan
 from segzero_rt.resident.arrays import Staging, rows
 from segzero_rt.resident.cache import ResidentCache
-from segzero_rt.resident.kernels import ResidentFrame, ResidentGrammar, ResidentKernels
 from segzero_rt.resident.reply import LEAD, ResidentReply
 
 
@@ -36,16 +38,17 @@ class ResidentView:
 class ResidentPolicy:
     """A `Policy`'s graphs on one device. Its greedy replies, token by token, without guesses."""
 
-    def __init__(self, policy: Policy, device: Device, kernels: ResidentKernels, *, lead: int = LEAD) -> None:
+    def __init__(self, policy: Policy, kernels: DeviceKernels, *, lead: int = LEAD) -> None:
         """
         Args:
-            policy: whose graphs run on this device and its stream.
+            policy: whose graphs run in the stream of these kernels' device.
             lead: steps of the decode loop that are enqueued beyond the last token that is known.
 
         Raises:
             BackendError: the device has no room for the cache.
         """
         self.policy = policy
+        device = kernels.device
         self._device, self._staging, self._kernels = device, Staging(device), kernels
         manifest, grid_hw = policy.manifest, policy.preprocessor.grid_hw
         self._picture = PictureSpan(start=len(policy.before_picture), grid_hw=grid_hw)
@@ -54,31 +57,30 @@ class ResidentPolicy:
         self._embeds = device.empty((manifest.max_length, sizes.hidden_size), "float32")
         self._layout = {name: device.to_device(values) for name, values in policy.layout.inputs().items()}
         tensor = policy.preprocessor.tensor
-        self._patches = device.empty((1, tensor.num_patches, policy.preprocessor.patch_dim), "float32")
+        self._patches = device.empty(tensor.shape, np.float32)
+        self._preprocessor = DevicePreprocessor(kernels, tensor, order=policy.layout.patch_order)
         self._vision: dict[int, Callable[[], None]] = {}
         self.reply = ResidentReply(
             self._staging,
-            kernels,
             policy.embedding,
             self.cache,
             max_new_tokens=manifest.max_length,
             end_token_ids=manifest.eos_token_ids,
             lead=lead,
         )
-        self._grammars: dict[AnswerFormat, ResidentGrammar] = {}
-        self._grammar(policy.default_format)  # now, not within the first question: it is large
+        self._samplers: dict[AnswerFormat | None, DeviceSampler] = {}
+        self._sampler(policy.default_format)  # now, not within the first question: a grammar is large
         self._known = 0
         self._serial = 0
 
-    def look(self, frame: ResidentFrame, *, ahead: bool = True) -> ResidentView:
+    def look(self, frame: DeviceFrame, *, ahead: bool = True) -> ResidentView:
         """Enqueues all that can be done before there is a question; `ahead` as in `Policy.look`."""
         # What stands before every picture is the same for each.
         self._known = self._picture.start if self.cache.length >= self._picture.start else 0
         self.cache.truncate(self._known)
         tokens = self.policy.prefix_tokens[self._known :]
         self._embed(tokens, 0)
-        policy = self.policy
-        self._kernels.preprocess(frame, policy.preprocessor.tensor, self._patches, order=policy.layout.patch_order)
+        self._preprocessor.enqueue(frame, self._patches)
         self._device.call(self._vision_into(self._picture.start - self._known))
         if ahead:
             self.cache.extend(self._first_embeds(len(tokens)))
@@ -119,7 +121,7 @@ class ResidentPolicy:
         self.cache.extend(self._first_embeds(waiting + len(prompt)))
         view.pending = False
         budget = min(budget, self.cache.capacity - self.cache.length + 1)
-        return self.reply.tokens(budget, self._grammar(form), state)
+        return self.reply.tokens(self._sampler(form), budget, state)
 
     def _embed(self, token_ids: Sequence[int], row: int) -> None:
         """Enqueues the tokens' embeddings into `embeds` from a row on."""
@@ -137,14 +139,17 @@ class ResidentPolicy:
         if row not in self._vision:
             target = rows(self._embeds, row, row + self._picture.num_tokens)
             self._vision[row] = self.policy.vision.enqueuer(
-                {"patches": self._patches, **self._layout}, {"image_features": target.view((1, *target.shape))}
+                {"patches": self._patches.view((1, *self._patches.shape)), **self._layout},
+                {"image_features": target.view((1, *target.shape))},
             )
         return self._vision[row]
 
-    def _grammar(self, answer_format: AnswerFormat) -> ResidentGrammar | None:
-        if not self.policy.constrained:
-            return None
-        if answer_format not in self._grammars:
-            table = self.policy.grammar(answer_format)
-            self._grammars[answer_format] = ResidentGrammar.upload(table, self._device)
-        return self._grammars[answer_format]
+    def _sampler(self, answer_format: AnswerFormat) -> DeviceSampler:
+        """Made once for each format's grammar, or once for all where replies are free."""
+        policy = self.policy
+        held_to = answer_format if policy.constrained else None
+        if held_to not in self._samplers:
+            grammar = None if held_to is None else DeviceGrammar(self._device, policy.grammar(held_to))
+            vocab_size = policy.manifest.vocab_size
+            self._samplers[held_to] = DeviceSampler(self._kernels, 1, vocab_size, grammar=grammar)
+        return self._samplers[held_to]

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from segzero_rt.device import Event
+from segzero_rt.device import DeviceArray, Event
 from segzero_rt.graph import Graph
+from segzero_rt.kernels.sample_token_device import DeviceSampler
 from segzero_rt.resident.arrays import Staging, rows
 from segzero_rt.resident.cache import ResidentCache
-from segzero_rt.resident.kernels import ResidentGrammar, ResidentKernels
 
 LEAD = 1
 """Steps in the stream beyond the last token that the host knows."""
@@ -30,7 +30,6 @@ class ResidentReply:
     def __init__(
         self,
         staging: Staging,
-        kernels: ResidentKernels,
         embedding: Graph,
         cache: ResidentCache,
         *,
@@ -44,15 +43,12 @@ class ResidentReply:
         """
         if max_new_tokens < 1 or lead < 1:
             raise ValueError(f"expected at least one token and one step ahead, got {max_new_tokens} and {lead}")
-        self._device, self._staging, self._kernels, self._cache = staging.device, staging, kernels, cache
+        self._device, self._staging, self._cache = staging.device, staging, cache
         self._ends = frozenset(end_token_ids)
         self._lead = lead
-        # 64 bits each, as the embedding takes them; `sample_token` writes the lower half.
         self.token_ids = self._device.empty((max_new_tokens,), "int64")
         """int64 [max_new_tokens]: the reply as it lies on the device, the token that ended it included."""
         self._device.fill(self.token_ids)
-        self._states = self._device.empty((max_new_tokens + 1,), "int32")
-        self._steps_left = self._device.empty((max_new_tokens,), "int32")
         self._told = self._device.pinned((max_new_tokens,), "int64")
         self._input = self._device.empty((1, 1), "int64")
         self._embed = embedding.enqueuer({"input_ids": self._input}, {"inputs_embeds": cache.embeds})
@@ -60,29 +56,37 @@ class ResidentReply:
         """The policy ended the reply by itself."""
         self.steps = 0
         """Runs of the decoder, the prompt's and those beyond the end not counted."""
+        self.num_tokens = 0
+        """Of the latest reply, as far as they were asked for."""
         self.pauses = 0
         """How often the host stood still so as not to run further ahead. Work lay in the stream each time, so that the
         device noticed nothing: these are no waits."""
 
-    def tokens(self, budget: int, grammar: ResidentGrammar | None = None, state: int = 0) -> Iterator[int]:
+    @property
+    def said(self) -> DeviceArray:
+        """int64 [num_tokens]: the latest reply on the device."""
+        return rows(self.token_ids, 0, self.num_tokens)
+
+    def tokens(self, sampler: DeviceSampler, budget: int, state: int = 0) -> Iterator[int]:
         """Up to `budget` tokens after what the cache holds, each as soon as it is known.
 
         The token that ends the reply is not among them. Whoever stops asking leaves at most `lead` further steps.
 
         Args:
-            grammar: what may be said.
-            state: where the reply's beginning has brought the grammar.
+            sampler: of one reply.
+            state: where the reply's beginning has brought the sampler's grammar.
         """
-        self.finished, self.steps, self.pauses = False, 0, 0
-        self._staging.upload(np.arange(budget, 0, -1, dtype=np.int32), self._steps_left)
-        self._staging.upload(np.array([state], np.int32), self._states)
+        self.finished, self.steps, self.num_tokens, self.pauses = False, 0, 0, 0
+        started = self._staging.hold(np.array([state], np.int32)), self._staging.hold(np.array([budget], np.int32))
+        sampler.start(states=started[0], steps_left=started[1])
+        self._staging.release()
         marks: list[Event] = []
         length = self._cache.length
         for place in range(budget + self._lead):
             if place < budget:
                 if place:
                     self._advance(place)
-                marks.append(self._choose(place, grammar))
+                marks.append(self._choose(place, sampler))
             known = place - self._lead
             if known < 0:
                 continue
@@ -93,6 +97,7 @@ class ResidentReply:
                 self.finished = token_id in self._ends
                 self._cache.truncate(length + known)
                 return
+            self.num_tokens += 1
             yield token_id
 
     def _advance(self, place: int) -> None:
@@ -101,17 +106,12 @@ class ResidentReply:
         self._device.call(self._embed)
         self._cache.step()
 
-    def _choose(self, place: int, grammar: ResidentGrammar | None) -> Event:
+    def _choose(self, place: int, sampler: DeviceSampler) -> Event:
         """Enqueues the choice of the token at this place from the latest logits, and its way to the host."""
+        sampler.step(self._cache.logits.view((1, self._cache.logits.shape[2])))
         said = rows(self.token_ids, place, place + 1)
-        self._kernels.sample_token(
-            self._cache.logits.view((1, self._cache.logits.shape[2])),
-            grammar=grammar,
-            state=rows(self._states, place, place + 1),
-            steps_left=rows(self._steps_left, place, place + 1),
-            token_id=said.view((1,), np.int32),  # the lower half: every device that runs this is little-endian
-            next_state=rows(self._states, place + 1, place + 2),
-        )
+        # 64 bits, as the embedding takes them; where CUDA runs, the lower half comes first.
+        self._device.copy(sampler.token_ids, said)
         self._device.download(said, self._told[place : place + 1])
         return self._device.record()
 

@@ -1,0 +1,87 @@
+// handover: tokens to bytes, prompts to a mask decoder's points, the best of its masks. The contracts and their
+// reference stand in handover.py. All of it is small: what counts is that the host is not asked.
+#include "answer_objects.cuh"
+
+namespace segzero {
+
+#ifdef __CUDACC__
+
+constexpr u32 kJoinThreads = 256;  // of the one block
+
+// What is said of a reply, as parse_prompts.cu writes it (`REPLY` of parse_prompts_device.py).
+struct ReplyHead {
+    i32 status;
+    Span thinking;
+    u32 num_objects, num_prompts;
+};
+
+// The bytes of `count` tokens of one reply, and where they end; no more than `capacity` are written.
+extern "C" __global__ void join_tokens_kernel(const i64* token_ids, i32 count, const i32* token_offsets,
+                                              const u8* token_bytes, u8* text, i64 capacity, i64* end) {
+    __shared__ i64 sums[kJoinThreads];
+    const i32 stretch = (count + i32(blockDim.x) - 1) / i32(blockDim.x), begin = stretch * i32(threadIdx.x);
+    const i32 limit = begin + stretch < count ? begin + stretch : count;
+    i64 own = 0;
+    for (i32 i = begin; i < limit; ++i) own += token_offsets[token_ids[i] + 1] - token_offsets[token_ids[i]];
+    sums[threadIdx.x] = own;
+    __syncthreads();
+    i64 at = 0;
+    for (u32 i = 0; i < threadIdx.x; ++i) at += sums[i];
+    for (i32 i = begin; i < limit; ++i) {
+        for (i32 k = token_offsets[token_ids[i]]; k < token_offsets[token_ids[i] + 1]; ++k, ++at) {
+            if (at < capacity) text[at] = token_bytes[k];
+        }
+    }
+    if (threadIdx.x == blockDim.x - 1) *end = at < capacity ? at : capacity;
+}
+
+struct Placing {
+    i32 rows, num_points;
+    i32 source_height, source_width;
+    double scale_x, scale_y;
+};
+
+// One thread for each row: corners, `num_points` points, the filler; `points_xy` [rows, 3 + num_points, 2].
+extern "C" __global__ void place_prompts_kernel(const ReplyHead* reply, const Prompt* prompts, Placing placing,
+                                                float* points_xy) {
+    const i32 row = i32(blockIdx.x * blockDim.x + threadIdx.x);
+    if (row >= placing.rows) return;
+    const bool named = u32(row) < reply->num_prompts;
+    const i32 whole[4] = {0, 0, placing.source_width, placing.source_height};
+    const i32* box = named ? prompts[row].box_xyxy : whole;
+    i32 given = named ? prompts[row].num_points : 0;
+    if (given > placing.num_points) given = placing.num_points;
+    const double scale[2] = {placing.scale_x, placing.scale_y};
+    float* out = points_xy + i64(row) * (placing.num_points + 3) * 2;
+    for (i32 axis = 0; axis < 2; ++axis) {
+        out[axis] = float(double(box[axis]) * scale[axis]);
+        out[2 + axis] = float(double(box[2 + axis]) * scale[axis]);
+        i32 last = i32((i64(box[axis]) + box[2 + axis]) / 2);
+        for (i32 k = 0; k < placing.num_points; ++k) {
+            if (k < given) last = prompts[row].points_xy[k][axis];
+            out[2 * (2 + k) + axis] = float(double(last) * scale[axis]);
+        }
+        out[2 * (2 + placing.num_points) + axis] = 0.0f;
+    }
+}
+
+constexpr i32 kMasks = 4;
+
+// One thread for each logit, one blockIdx.y for each object: `logits` [objects, pixels] of `mask_logits` [objects, 4,
+// pixels], and the score that goes with them.
+extern "C" __global__ void choose_masks_kernel(const float* mask_logits, const float* iou_scores, i64 pixels,
+                                               float* logits, float* scores) {
+    const i64 object = blockIdx.y, pixel = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    const float* own = iou_scores + object * kMasks;
+    i32 best = 1;
+    for (i32 mask = 2; mask < kMasks; ++mask) {
+        // As NumPy's argmax: what is no number counts as the largest.
+        if (own[mask] > own[best] || (own[mask] != own[mask] && own[best] == own[best])) best = mask;
+    }
+    if (pixel == 0) scores[object] = own[best];
+    if (pixel < pixels) logits[object * pixels + pixel] = mask_logits[(object * kMasks + best) * pixels + pixel];
+}
+
+#endif
+
+}  // namespace segzero
