@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu.errors import GpuCheckError
+from benchmarks.gpu.install import unpack
 from benchmarks.gpu.packing import write_loads
 from benchmarks.gpu_check import main
+from segzero_rt.bundle import EMBEDDED, Bundle
 
 
 def check(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
@@ -84,11 +88,25 @@ def test_stages_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_packing_files_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wheels").mkdir()
     write_wheel(tmp_path / "wheels", "probe")
-    options = ["--folder", str(tmp_path / "carried"), "--wheels", str(tmp_path / "wheels")]
+    options = ["--folder", str(tmp_path / "carried"), "--wheels", str(tmp_path / "wheels"), "--bundle", str(EMBEDDED)]
     status, document = check("pack", *options, "--transfer-bytes", str(1 << 30), capsys=capsys)
     assert status == 0 and (tmp_path / "carried" / "load1" / "contents.json").is_file()
     assert document["loads"][0][0] == "probe-1.0-py3-none-any.whl.1of1"
     assert document["calls"][-1]["command"].startswith("python3 -m benchmarks.gpu_check run")
+    install = ["run", "install", "--device", "cpu", "--work", str(tmp_path / "work")]
+    assert check(*install, "--pieces", f"{tmp_path}/carried/load1", capsys=capsys)[0] == 0
+    assert Bundle.open(tmp_path / "work" / "data" / "bundle").manifest.name == Bundle.open(EMBEDDED).manifest.name
+
+
+def test_archives_that_reach_outside(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bundle.tar", "w") as stream:
+        stream.addfile(tarfile.TarInfo("../outside"))
+    for name, content in (("bundle.tar", None), ("other.tar", b"no archive")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(GpuCheckError, match=f"a folder in {name}"):
+            unpack(tmp_path / name, tmp_path / "data")
+    assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +117,7 @@ def test_packing_files_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixt
         pytest.param(["run", "peaks"], "--device cpu", id="no GPU"),
         pytest.param(["pack", "--piece-bytes", "60000001"], "pieces of 1 to 60000000", id="a piece too large"),
         pytest.param(["pack", "--transfer-bytes", "1000"], "leave more of it behind", id="no room"),
+        pytest.param(["pack", "--wheels", ".", "--bundle", "tests"], "manifest.json", id="no bundle"),
     ],
 )
 def test_errors_are_one_line(

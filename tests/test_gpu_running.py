@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import running
+from benchmarks.gpu import running, toolkit
 from benchmarks.gpu.calls import plan_calls
 from benchmarks.gpu.errors import GpuCheckError
 from benchmarks.gpu.install import check_wheel
@@ -21,6 +21,7 @@ from benchmarks.gpu.results import result_path, write_result
 from benchmarks.gpu.roofline import Peaks
 from benchmarks.gpu.running import DONE, FAILED, LEFT, SKIPPED, TIMEOUT, Budget, read_state, run_stages, run_step
 from benchmarks.gpu.stages import STAGES, Context, Stage, Step, bind, choose
+from benchmarks.gpu.toolkit import driver_folder, toolkit_root
 
 
 def stage_of(*minutes: float, name: str = "stage") -> Stage:
@@ -265,6 +266,31 @@ def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(GpuCheckError, match="install the CUDA toolkit"):
         find_nvcc()
+
+
+def test_the_toolkit_by_its_own_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvcc may be a script that calls another; the linker wants a name that a driver's folder often has not."""
+    root, driver = tmp_path / "cuda", tmp_path / "driver"
+    for folder in (root / "bin", root / "targets/x86_64-linux/include", driver):
+        folder.mkdir(parents=True)
+    (root / "targets/x86_64-linux/include/cuda.h").write_text("")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={root}/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    assert toolkit_root(str(nvcc)) == root
+    (driver / "libcuda.so.1").write_text("")
+    link = driver_folder(root, tmp_path / "scratch", [driver]) / "libcuda.so"
+    assert link.resolve() == driver / "libcuda.so.1"
+    (root / "lib64/stubs").mkdir(parents=True)
+    (root / "lib64/stubs/libcuda.so").write_text("")
+    assert driver_folder(root, tmp_path / "scratch", [driver]) == root / "lib64/stubs"
+    monkeypatch.setattr(toolkit, "find_nvcc", lambda: str(nvcc))
+    environment = toolkit.pycuda_environment(tmp_path / "pycuda")
+    settings = (Path(environment["HOME"]) / ".aksetup-defaults.py").read_text()
+    assert f"CUDA_ROOT = '{root}'" in settings and "CUDA_ENABLE_CURAND = False" in settings
+    nvcc.write_text("#!/bin/sh\necho broken >&2\n")
+    with pytest.raises(GpuCheckError, match="to name its toolkit, it says: broken"):
+        toolkit_root(str(nvcc))
 
 
 REPORT = """<testsuites><testsuite>

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from benchmarks.kernel_registers import FLAGS, SOURCES, read_ptxas
-from segzero_rt.bundle import EMBEDDED
 from segzero_rt.kernels.backend import resolve_kernels
-from segzero_rt.kernels.sources import HERE
+from segzero_rt.kernels.device_build import DEVICE_SOURCES, NVCC_VARIABLE, device_code
 
 from .errors import GpuCheckError, NotHereError
 from .machine import find_nvcc
 from .stages import Context, Figures
 
-_TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TARGETS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Targets of `segzero build` by the module that each needs."""
 
 
@@ -30,46 +30,48 @@ def host_kernels(context: Context) -> Figures:
 
 
 def device_kernels(context: Context) -> Figures:
-    """Every kernel by nvcc for the device present: registers, stack and spills; warnings are errors.
+    """Every kernel by nvcc for the device present, into the cache that later steps read; loaded where pycuda is.
+
+    Registers and spills of each architecture need no device: `benchmarks.kernel_registers` tells them.
 
     Raises:
         NotHereError: the check runs on the processor.
-        GpuCheckError: no nvcc, or it refuses.
+        BackendError: no nvcc, or it refuses, or the device does not take what it made.
     """
     if context.device == "cpu":
         raise NotHereError("no device to compile kernels for: the check runs on the processor")
     import torch
 
-    major, minor = torch.cuda.get_device_capability(0)
-    nvcc, folder = find_nvcc(), context.work / "cubins"
-    folder.mkdir(parents=True, exist_ok=True)
-    kernels: Figures = {}
-    start = time.perf_counter()
-    for source in SOURCES:
-        target = folder / source.replace(".cu", f"_sm_{major}{minor}.cubin")
-        command = [nvcc, *FLAGS, f"-arch=sm_{major}{minor}", "-cubin", "-Xptxas", "-v", "-o", str(target)]
-        run = subprocess.run([*command, str(HERE / source)], capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            raise GpuCheckError(f"expected {source} to compile for sm_{major}{minor}, nvcc says: {run.stderr[-1500:]}")
-        kernels |= read_ptxas(run.stderr)
-    return {"architecture": f"sm_{major}{minor}", "seconds": time.perf_counter() - start, "kernels": kernels}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(0)))
+    os.environ.setdefault(NVCC_VARIABLE, find_nvcc())
+    seconds, sizes = {}, {}
+    for source in DEVICE_SOURCES:
+        start = time.perf_counter()
+        sizes[source] = len(device_code(source, capability))
+        seconds[source] = time.perf_counter() - start
+    loaded = importlib.util.find_spec("pycuda") is not None
+    detail = resolve_kernels("cuda").detail if loaded else "not loaded: pycuda is not installed"
+    return {"capability": capability, "seconds": seconds, "bytes": sizes, "detail": detail}
 
 
 def engines(context: Context) -> Figures:
-    """Engines of the embedded bundle's graphs, gated, by each TensorRT that is here.
+    """Engines of the carried bundle's graphs, gated, by each TensorRT that is here.
 
     Raises:
-        NotHereError: there is none.
+        NotHereError: there is none, or no bundle of portable graphs was carried.
         GpuCheckError: a build fails.
     """
-    found = [target for target, module in _TARGETS.items() if importlib.util.find_spec(module) is not None]
+    found = [target for target, module in TARGETS.items() if importlib.util.find_spec(module) is not None]
     if not found or context.device == "cpu":
         raise NotHereError("no TensorRT for Python here, or no device: no engines")
+    source = carried_bundle(context)
+    if source is None:
+        raise NotHereError(f"no bundle in {context.work}/data: pack one of portable graphs with --bundle")
     built: Figures = {}
     for target in found:
-        bundle = context.work / f"bundle-{target}"
+        bundle = engine_bundle(context, target)
         if not bundle.is_dir():
-            shutil.copytree(EMBEDDED, bundle)
+            shutil.copytree(source, bundle)
         command = [sys.executable, "-m", "segzero_rt.cli", "build", str(bundle), "--target", target, "--json"]
         start = time.perf_counter()
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -77,3 +79,14 @@ def engines(context: Context) -> Figures:
             raise GpuCheckError(f"expected engines for {target}, segzero build says: {run.stderr.strip()[-800:]}")
         built[target] = {"seconds": time.perf_counter() - start, **json.loads(run.stdout.splitlines()[-1])}
     return built
+
+
+def carried_bundle(context: Context) -> Path | None:
+    """The bundle that was carried here; None without one."""
+    path = context.work / "data" / "bundle"
+    return path if path.is_dir() else None
+
+
+def engine_bundle(context: Context, target: str) -> Path:
+    """Where that bundle with a target's engines is."""
+    return context.work / f"bundle-{target}"

@@ -1,7 +1,7 @@
 """Installs what was carried, without a network, into a folder of its own: the machine's packages stay as they are.
 
 Wheels and source packages go through pip without their requirements, since what a machine with PyTorch has need not be
-carried. Other carried files, such as recorded replies, are put into `WORK/data`.
+carried. Other carried files, such as recorded replies, are put into `WORK/data`, folders unpacked.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from .errors import GpuCheckError, NotHereError
-from .machine import find_nvcc
 from .pieces import join, missing, read_contents
 from .stages import Context, Figures
+from .toolkit import pycuda_environment
 
-WHEEL, SOURCE = ".whl", (".tar.gz", ".zip")
+WHEEL, SOURCE, FOLDER = ".whl", (".tar.gz", ".zip"), ".tar"
 _TIMEOUT_S = 540
-_NEEDS_NVCC = re.compile(r"^pycuda-", re.IGNORECASE)
+_PYCUDA = re.compile(r"^pycuda-", re.IGNORECASE)
 
 
 def packages(context: Context) -> Figures:
@@ -48,13 +49,29 @@ def packages(context: Context) -> Figures:
         install(context, [path])
     data = [name for name in files if not name.endswith((WHEEL, *SOURCE))]
     for name in data:
-        files[name].replace(context.work / "data" / name)
+        if name.endswith(FOLDER):
+            unpack(files[name], context.work / "data")
+        else:
+            files[name].replace(context.work / "data" / name)
     return {
         "wheels": [path.name for path in wheels],
         "built_from_source": [path.name for path in sources],
         "data": data,
         "bytes": sum(one.num_bytes for one in carried),
     }
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpacks a folder that was carried; nothing of it may lie outside `folder`.
+
+    Raises:
+        GpuCheckError: it is no archive, or would reach outside.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            archive.extractall(folder, filter="data")
+    except tarfile.TarError as error:
+        raise GpuCheckError(f"expected a folder in {path.name}, got {error}; pack it again") from error
 
 
 def check_wheel(name: str) -> None:
@@ -84,15 +101,13 @@ def install(context: Context, files: list[Path]) -> None:
     """Installs files into the check's own folder; a source package is compiled against the toolkit here.
 
     Raises:
-        GpuCheckError: no nvcc for what needs it, or pip refuses.
+        GpuCheckError: no toolkit for what needs it, or pip refuses.
     """
     environment = dict(os.environ)
     # Whatever the machine's configuration says, nothing is asked of a network.
     environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
-    if any(_NEEDS_NVCC.match(path.name) for path in files):
-        toolkit = Path(find_nvcc()).resolve().parent
-        environment["PATH"] = os.pathsep.join([str(toolkit), environment.get("PATH", "")])
-        environment["CUDA_ROOT"] = str(toolkit.parent)
+    if any(_PYCUDA.match(path.name) for path in files):
+        environment |= pycuda_environment(context.work / "pycuda")
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"),
         *("--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--upgrade", "--target", str(context.site)),

@@ -26,6 +26,8 @@ def run(context: Context) -> Figures:
     marker = "gpu" if context.device == "cuda" else "not gpu and not slow"
     paths = ["tests"] if context.device == "cuda" else ["tests/test_kernel_registers.py"]
     command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+    # A file whose packages are not there must not keep the others from running; it is among the failed ones.
+    command += ["--continue-on-collection-errors"]
     status = subprocess.run([*command, *paths], cwd=ROOT, stdout=sys.stderr, check=False).returncode
     if status == _NO_TESTS or not report.is_file():
         raise GpuCheckError(f"expected tests marked {marker}, pytest ended with {status} and ran none; see its log")

@@ -10,12 +10,14 @@ import argparse
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import REAL
+from segzero_rt.bundle import Bundle
 from segzero_rt.commands.progress import Progress
 
 from .calls import plan_calls
@@ -52,12 +54,15 @@ def pack(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
         folder = Path(scratch)
         if options.wheels is None:
             with Progress(2, "downloads") as progress:
-                download(WHEELS, folder, python=options.python, source=False)
+                download((*WHEELS, *options.add), folder, python=options.python, source=False)
                 progress.step("wheels")
                 download(SOURCES, folder, python=options.python, source=True)
                 progress.step("sources")
         files = sorted(path for path in (options.wheels or folder).iterdir() if path.is_file())
         files += [*options.file, *([REAL] if REAL.is_file() else [])]
+        if options.bundle is not None:
+            (folder / "bundle").mkdir(exist_ok=True)
+            files.append(archive(options.bundle, folder / "bundle" / "bundle.tar"))
         loads = write_loads(files, options.folder, room)
     for number, load in enumerate(loads, start=1):
         num_bytes = sum(piece.num_bytes for piece in load)
@@ -71,6 +76,18 @@ def pack(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
         "loads": [[piece.name for piece in load] for load in loads],
         "calls": [{"carry": call.carry, "command": call.command, "minutes": call.minutes} for call in calls],
     }
+
+
+def archive(bundle: Path, target: Path) -> Path:
+    """A bundle's folder as one file.
+
+    Raises:
+        BundleError: it is none.
+    """
+    Bundle.open(bundle, verify="size")
+    with tarfile.open(target, "w") as stream:
+        stream.add(bundle, arcname="bundle")
+    return target
 
 
 def download(names: Sequence[str], folder: Path, *, python: str, source: bool) -> None:

@@ -111,12 +111,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="build",
-        what="compiles the kernels for the processor and for the device present; engines where TensorRT is",
+        what="compiles the kernels for the processor and for the device present",
         carried=(_PYCUDA,),
         steps=(
             Step(name="host kernels", function="build:host_kernels", minutes=1),
             Step(name="device kernels", function="build:device_kernels", minutes=2),
-            Step(name="engines", function="build:engines", minutes=4),
         ),
     ),
     Stage(
@@ -157,6 +156,18 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
     _policy("policy-3b", "qwen2.5-vl-3b", 2, 1),
+    Stage(
+        name="shipped",
+        what="`segzero bench` of the small pair, in ONNX Runtime's CUDA provider and in engines where TensorRT is",
+        carried=(_RUNTIME, "bundle"),
+        steps=(
+            Step(name="cuda, carried bundle", function="shipped:measure:cuda:carried", minutes=1.5),
+            Step(name="cuda", function="shipped:measure:cuda", minutes=1.5),
+            Step(name="engines", function="build:engines", minutes=4),
+            Step(name="tensorrt", function="shipped:measure:tensorrt", minutes=1.5),
+            Step(name="tensorrt-rtx", function="shipped:measure:tensorrt-rtx", minutes=1.5),
+        ),
+    ),
     _policy("policy-7b", "qwen2.5-vl-7b", 4, 1.5),
 )
 
