@@ -26,7 +26,7 @@ from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
-from .precisions import COMPUTED, ENCODER_COMPUTED, INT4_METHODS, POLICY_STORAGES
+from .precisions import COMPUTED, ENCODER_COMPUTED, INT4_METHODS, NVFP4, POLICY_STORAGES
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport
@@ -65,7 +65,7 @@ class Preset:
     flavour: str = "ort"
     storage: str = "float16"
     """Weights in the files: floats are computed in float32, "int8" in int8 where that is faster; "int4" is the policy's
-    decoder in 4 bits and all else as "int8"."""
+    decoder in 4 bits and all else as "int8"; "fp8" and "nvfp4" are the policy's alone, for TensorRT."""
     computed: str = "float32"
     """What a portable policy's graphs are computed in."""
     mask_prompts: bool = True
@@ -115,8 +115,9 @@ RESUMABLE_FROM_BYTES = 1 << 30
 """Checkpoints of more are exported so that a killed export can go on."""
 TRIAL_SHARE = 0.7
 """Of the free memory that weights may take for the trial run of a bundle; activations and the cache come on top."""
-_SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16", "fp8": "float16"}
-"""The segmenter is small and draws edges: it has no weights of 4 bits. Nor are SAM 2's checkpoints bfloat16."""
+_SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16", "fp8": "float16", NVFP4: "float16"}
+"""The segmenter is small and draws edges: it has no weights of 4 bits, and no floats of 8. Nor are SAM 2's checkpoints
+bfloat16."""
 
 PRESETS = {"tabletop": tabletop, "vision-reasoner": vision_reasoner, "seg-zero": seg_zero, "qwen3-vl": qwen3_vl}
 
@@ -223,6 +224,10 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --policy with --adapter or --float32-product: --base is taken as it is")
     if arguments.segmenter_computed == "bfloat16" and not arguments.no_trial:
         raise ExportError("expected --no-trial with --segmenter-computed bfloat16: no CPU can run that encoder")
+    if arguments.policy and preset.storage == NVFP4 and (arguments.gate_dataset or not arguments.no_trial):
+        raise ExportError(
+            f"expected --no-trial, and no --gate-dataset, with --storage {NVFP4}: no CPU can run that decoder"
+        )
     if arguments.policy is None and arguments.max_length:
         raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
     if arguments.policy is None and (arguments.int4_method or arguments.calibration):

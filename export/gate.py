@@ -57,12 +57,12 @@ where a trained policy is of two minds can differ by a nat and mean nothing, so 
 COARSE = replace(ROUNDED, max_vision_error=0.1, max_decoder_error=0.1, max_kl=0.5, max_kl_mean=0.03, min_top1=0.9)
 """For weights that storing rounds to bfloat16, which has 8 bits; those of a bfloat16 checkpoint stay as they are."""
 FOUR_BITS = replace(QUANTIZED, max_decoder_error=0.9, max_kl=20.0, max_kl_mean=0.5, min_top1=0.5)
-"""For int4: a fault leaves no agreement at all, and an error of about 1.4, as between any two directions."""
+"""For 4 bits: a fault leaves no agreement at all, and an error of about 1.4, as between any two directions."""
 
 
 def default_limits(storage: str, *, lossless: bool, computed: str = "float32") -> GateLimits:
     """Limits for weights stored and products computed like that; `lossless` when storing changed no weight."""
-    by_storage = {"int8": QUANTIZED, "fp8": QUANTIZED, "int4": FOUR_BITS}
+    by_storage = {"int8": QUANTIZED, "fp8": QUANTIZED, "int4": FOUR_BITS, "nvfp4": FOUR_BITS}
     if storage in by_storage:
         return by_storage[storage]
     if lossless:

@@ -33,9 +33,11 @@ from .weight_store import InlineStore, WeightStore, disk_error, external_tensor
 OPSET = 17
 FLOAT8_OPSET = 19
 """The first whose QuantizeLinear knows floats of 8 bits, and scales of 16."""
+FLOAT4_OPSET = 23
+"""The first whose DequantizeLinear knows floats of 4 bits."""
 TRT11_OPSET = 24
 """The first with `TensorScatter`. TensorRT reads it from 10.15 on."""
-_IR_VERSIONS = {OPSET: 8, FLOAT8_OPSET: 9, TRT11_OPSET: 12}
+_IR_VERSIONS = {OPSET: 8, FLOAT8_OPSET: 9, FLOAT4_OPSET: 11, TRT11_OPSET: 12}
 """The file format that came with each."""
 _AXES_AS_INPUT_OPSET = 18
 """From there on reductions take their axes as an input, and Split wants to be told into how many parts."""
@@ -59,7 +61,7 @@ class GraphBuilder:
         store: takes the weights; the model itself by default.
         computed: what products and attention are computed in, one of `COMPUTED`.
         float32_products: paths of products (such as "blocks.31/down") that stay in float32 whatever `computed` says.
-        opset: `OPSET`, `FLOAT8_OPSET`, or `TRT11_OPSET` for operators that took several nodes before.
+        opset: `OPSET`, or one of the others above; `TRT11_OPSET` has operators that took several nodes before.
     """
 
     def __init__(

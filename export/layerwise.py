@@ -20,6 +20,7 @@ from segzero_rt.graph import Array, Backend, Stop, resolve_backend
 from segzero_rt.graph_spec import GraphSpec
 
 from .graph_builder import GraphBuilder
+from .nvfp4 import decoded
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +86,7 @@ class LayerwiseGraph:
         )
         model = helper.make_model(graph, opset_imports=list(self._model.opset_import))
         model.ir_version = self._model.ir_version
+        model = decoded(model, self._path.parent)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # it would keep what a part has taken until the next has taken its own

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from segzero_rt.errors import ExportError
@@ -17,15 +19,16 @@ from segzero_rt.policy import Policy
 from segzero_rt.positions import VISION_ROPE_THETA
 
 from .awq import awq_checkpoint
-from .calibration import Question, calibrate, questions_of
+from .calibration import Calibration, Question, calibrate, questions_of
 from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
 from .gate_layers import check_float16_range, gate_policy_layers
 from .graph_builder import check_precision
+from .nvfp4 import EMULATED, decoded
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
-from .precisions import INT4_METHODS
-from .qdq import CODES, INT8, Reach
+from .precisions import EXPLICIT_STORAGES, INT4_METHODS, NVFP4
+from .qdq import CODES, Reach
 from .static_int8 import make_decoder_static
 
 LAYERS_FROM_PARAMETERS = 500_000_000
@@ -82,7 +85,8 @@ def export_policy(
         flavour: of the decoder, one of `DECODER_FLAVOURS`.
         storage: precision of the weights in the files. Floats ("float16", "bfloat16", "float32") are computed in
             float32; "int8" is computed in int8, faster and less exact, in flavours other than "ort" by plain operators
-            (see `qdq`), as "fp8" is; "int4" is the decoder's in 4 bits and the tower's in 8, for flavour "ort" alone.
+            (see `qdq`), as "fp8" is; "int4" is the decoder's in 4 bits and the tower's in 8, for flavour "ort" alone;
+            "nvfp4" is the decoder's in 4 bits (see `nvfp4`), all else float16, for the other flavours.
         computed: what graphs are computed in, for flavours other than "ort"; weights are stored alike.
         float32_products: products that stay in float32 in a graph of 16 bits, beside those of `float32_by_rule`.
         resampler: what training resized with.
@@ -103,6 +107,174 @@ def export_policy(
             or the gate failed.
     """
     checkpoint = PolicyCheckpoint(hf_folder, adapter)
+    _check(checkpoint, input_size_hw, float32_products, computed)
+    precision = _precision(checkpoint, flavour, storage, computed, float32_products, int4_method)
+    tokenizer = hf_folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
+    max_length = min(max_length, checkpoint.text.max_position_embeddings)
+    export = _Export(
+        checkpoint=checkpoint,
+        hf_folder=hf_folder,
+        adapter=adapter,
+        folder=out_dir / "policy",
+        manifest=_manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens, computed),
+        precision=precision,
+        storage=storage,
+        int4_method=int4_method,
+        external=external,
+        layered=checkpoint.num_parameters > LAYERS_FROM_PARAMETERS if gate_layers is None else gate_layers,
+        answer_format=answer_format,
+        pictures=gate_pictures or plain_pictures(),
+        questions=gate_questions,
+        calibration=calibration,
+    )
+    export.folder.mkdir(parents=True, exist_ok=True)
+    graphs = export.planned()
+    graphs.write()
+    shutil.copyfile(tokenizer, export.folder / "tokenizer.json")
+    limits = gate_limits or default_limits(storage, lossless=graphs.lossless, computed=computed)
+    return PolicyExport(
+        manifest=export.manifest,
+        tokenizer="policy/tokenizer.json",
+        files={f"policy/{name}": export.folder / name for name in (*graphs.file_names, "tokenizer.json")},
+        gate=export.gated(graphs, limits) | export.remarks(),
+        loaded_bytes=graphs.loaded_bytes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Export:
+    """One call of `export_policy`, its arguments checked."""
+
+    checkpoint: PolicyCheckpoint
+    hf_folder: Path
+    adapter: Path | None
+    folder: Path
+    manifest: PolicyManifest
+    precision: Precision
+    storage: str
+    int4_method: str
+    external: bool | None
+    layered: bool
+    answer_format: str
+    pictures: Sequence[NDArray[np.uint8]]
+    questions: Sequence[str]
+    calibration: Sequence[Question]
+
+    @property
+    def reply_tokens(self) -> int:
+        """Of a reply that gates and calibrations wait for, at most."""
+        return min(self.manifest.max_new_tokens, REPLY_TOKENS)
+
+    def planned(self) -> PolicyGraphWriter:
+        """The graphs, ready to be written: the disk has room, and what their rounding needs is measured."""
+        measured, scaled = self.precision.codes in CODES, self.int4_method == "awq"
+        graphs = self._writer(self.checkpoint)
+        if not measured:  # before anything is; codes take less room than these would
+            graphs.plan(self.external)
+        narrow = self.precision.computed == "float16" and not self.layered  # the gate by layers checks ranges itself
+        if not (measured or scaled or narrow):
+            return graphs
+        found = self._calibrated(keep_rows=scaled)
+        if self.precision.computed == "float16":
+            check_float16_range(found.largest, self.precision.float32_products)
+        if measured:
+            smoothing = CODES[self.precision.codes].smoothing
+            reach = {product: Reach.of(one.largest, smoothing) for product, one in found.held.items()}
+            graphs = self._writer(self.checkpoint, reach)
+        elif scaled:
+            graphs = self._writer(awq_checkpoint(self.checkpoint, found.held))
+        graphs.plan(self.external)
+        return graphs
+
+    def gated(self, graphs: PolicyGraphWriter, limits: GateLimits) -> dict[str, Any]:
+        """Compares the written graphs with PyTorch."""
+        if self.layered:
+            return gate_policy_layers(self.checkpoint, self.manifest, graphs, limits=limits)
+        if self.storage == "int8" and not self.precision.codes:
+            self._give_ranges()
+        with self._runnable() as decoder:
+            files = {name: self.folder / f"{name}.onnx" for name in ("vision", "embedding")} | {"decoder": decoder}
+            policy = Policy.from_files(
+                self.manifest,
+                files,
+                self.folder / "tokenizer.json",
+                answer_format=self.answer_format,
+                backend="cpu",
+            )
+        return gate_policy(
+            self.hf_folder,
+            policy,
+            pictures=self.pictures,
+            questions=self.questions,
+            limits=limits,
+            max_new_tokens=self.reply_tokens,
+            adapter=self.adapter,
+        )
+
+    def remarks(self) -> dict[str, str]:
+        """What the manifest says of the gate beside its figures."""
+        if self.storage == "int4":
+            return {"int4_method": self.int4_method}
+        emulated = EMULATED if self.precision.codes == NVFP4 else ""
+        if self.precision.codes in CODES:
+            emulated = CODES[self.precision.codes].emulated
+        return {"emulated": emulated} if emulated else {}
+
+    def _writer(self, checkpoint: PolicyCheckpoint, reach: dict[str, Reach] | None = None) -> PolicyGraphWriter:
+        return PolicyGraphWriter(
+            checkpoint,
+            self.folder,
+            self.precision,
+            flavour=self.manifest.flavour,
+            input_size_hw=self.manifest.input_size_hw,
+            max_length=self.manifest.max_length,
+            reach=reach,
+        )
+
+    def _calibrated(self, *, keep_rows: bool) -> Calibration:
+        return calibrate(
+            self.checkpoint,
+            self.manifest,
+            questions=self.calibration or questions_of(self.pictures, self.questions),
+            answer_format=self.answer_format,
+            max_new_tokens=0 if self.layered else self.reply_tokens,
+            adapter=self.adapter,
+            keep_rows=keep_rows,
+        )
+
+    def _give_ranges(self) -> None:
+        """Writes ranges into ONNX Runtime's own int8 decoder, so that guessed tokens change no numbers."""
+        make_decoder_static(
+            self.checkpoint,
+            self.manifest,
+            self.folder,
+            answer_format=self.answer_format,
+            pictures=self.pictures,
+            questions=self.questions,
+            max_new_tokens=self.reply_tokens,
+        )
+
+    @contextmanager
+    def _runnable(self) -> Iterator[Path]:
+        """The decoder's graph, or while it is loaded a twin of it that a CPU can run."""
+        path = self.folder / "decoder.onnx"
+        if self.precision.codes != NVFP4:
+            yield path
+            return
+        twin = self.folder / "decoder.twin.onnx"
+        try:
+            twin.write_bytes(decoded(onnx.load(str(path), load_external_data=False), self.folder).SerializeToString())
+            yield twin
+        finally:
+            twin.unlink(missing_ok=True)
+
+
+def _check(
+    checkpoint: PolicyCheckpoint, input_size_hw: tuple[int, int], float32_products: Sequence[str], computed: str
+) -> None:
+    """Refuses what no graph of this checkpoint can be, before anything is read."""
     if checkpoint.vision.rope_theta != VISION_ROPE_THETA:
         raise ExportError(f"expected a vision rope_theta of {VISION_ROPE_THETA}, got {checkpoint.vision.rope_theta}")
     cell = checkpoint.vision.patch_size * checkpoint.vision.merge_size
@@ -115,87 +287,31 @@ def export_policy(
         raise ExportError(f"expected a product as vision/blocks.31/down, got {strangers[0]!r}")
     if float32_products and computed == "float32":
         raise ExportError("expected a graph computed in float16 to keep products of it in float32, got float32")
-    tokenizer = hf_folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
-    by_rule = float32_by_rule(checkpoint) if computed != "float32" else ()
+
+
+def _precision(
+    checkpoint: PolicyCheckpoint,
+    flavour: str,
+    storage: str,
+    computed: str,
+    float32_products: Sequence[str],
+    int4_method: str,
+) -> Precision:
+    """What the graphs are stored and computed in."""
     if int4_method not in INT4_METHODS:
         raise ExportError(f"expected 4 bits by {' or '.join(INT4_METHODS)}, got {int4_method!r}")
     if int4_method != "rtn" and storage != "int4":
         raise ExportError(f"expected storage int4 for 4 bits by {int4_method}, got {storage}")
-    explicit, scaled = storage in CODES and flavour != "ort", int4_method == "awq"
+    explicit = storage in ("int8", *EXPLICIT_STORAGES) and flavour != "ort"
+    by_rule = float32_by_rule(checkpoint) if computed != "float32" else ()
     precision = Precision(
-        storage="float16" if explicit else storage, computed=computed, float32_products=(*by_rule, *float32_products)
+        storage="float16" if explicit else storage,
+        computed=computed,
+        float32_products=(*by_rule, *float32_products),
+        codes=storage if explicit else "",
     )
     check_precision(precision.storage, computed, fused=flavour == "ort")
-    codes = CODES[storage] if explicit else INT8
-    folder = out_dir / "policy"
-    folder.mkdir(parents=True, exist_ok=True)
-    max_length = min(max_length, checkpoint.text.max_position_embeddings)
-    manifest = _manifest(checkpoint, input_size_hw, flavour, resampler, max_length, max_new_tokens, computed)
-    layered = checkpoint.num_parameters > LAYERS_FROM_PARAMETERS if gate_layers is None else gate_layers
-    pictures = gate_pictures or plain_pictures()
-    options = {"flavour": flavour, "input_size_hw": input_size_hw, "max_length": max_length}
-    graphs = PolicyGraphWriter(checkpoint, folder, precision, **options)  # type: ignore[arg-type]
-    if not explicit:  # before anything is measured; int8 takes less room than these would
-        graphs.plan(external)
-    if explicit or scaled or (computed == "float16" and not layered):  # the gate by layers checks ranges itself
-        found = calibrate(
-            checkpoint,
-            manifest,
-            questions=calibration or questions_of(pictures, gate_questions),
-            answer_format=answer_format,
-            max_new_tokens=0 if layered else min(max_new_tokens, REPLY_TOKENS),
-            adapter=adapter,
-            keep_rows=scaled,
-        )
-        if computed == "float16":
-            check_float16_range(found.largest, precision.float32_products)
-        reach = {path: Reach.of(one.largest, codes.smoothing) for path, one in found.held.items()} if explicit else None
-        written = awq_checkpoint(checkpoint, found.held) if scaled else checkpoint
-        graphs = PolicyGraphWriter(written, folder, precision, reach=reach, codes=codes, **options)  # type: ignore[arg-type]
-        graphs.plan(external)
-    graphs.write()
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    limits = gate_limits or default_limits(storage, lossless=graphs.lossless, computed=computed)
-    if layered:
-        gate = gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
-    else:
-        if storage == "int8" and not explicit:  # with ranges of its own, so that guessed tokens change no numbers
-            make_decoder_static(
-                checkpoint,
-                manifest,
-                folder,
-                answer_format=answer_format,
-                pictures=pictures,
-                questions=gate_questions,
-                max_new_tokens=min(max_new_tokens, REPLY_TOKENS),
-            )
-        policy = Policy.from_files(
-            manifest,
-            {name: folder / f"{name}.onnx" for name in ("vision", "embedding", "decoder")},
-            folder / "tokenizer.json",
-            answer_format=answer_format,
-            backend="cpu",
-        )
-        gate = gate_policy(
-            hf_folder,
-            policy,
-            pictures=pictures,
-            questions=gate_questions,
-            limits=limits,
-            max_new_tokens=min(max_new_tokens, REPLY_TOKENS),
-            adapter=adapter,
-        )
-    return PolicyExport(
-        manifest=manifest,
-        tokenizer="policy/tokenizer.json",
-        files={f"policy/{name}": folder / name for name in (*graphs.file_names, "tokenizer.json")},
-        gate=gate
-        | ({"int4_method": int4_method} if storage == "int4" else {})
-        | ({"emulated": codes.emulated} if codes.emulated else {}),
-        loaded_bytes=graphs.loaded_bytes,
-    )
+    return precision
 
 
 def _manifest(

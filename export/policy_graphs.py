@@ -10,12 +10,14 @@ from pathlib import Path
 
 from segzero_rt.errors import ExportError
 
-from .graph_builder import OPSET, GraphBuilder
+from .graph_builder import FLOAT4_OPSET, OPSET, GraphBuilder
+from .nvfp4 import Float4Store, dequantize_file
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
 from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
 from .policy_vision import build_vision
-from .qdq import INT8, Codes, QdqStore, Reach, in_8_bits, quantize_file, scale_dtype
+from .precisions import NVFP4
+from .qdq import CODES, QdqStore, Reach, in_8_bits, quantize_file, scale_dtype
 from .weight_store import DiskFullError, DryStore, FileStore, InlineStore, WeightStore
 
 EXTERNAL_FROM_BYTES = 1 << 30
@@ -38,6 +40,15 @@ class Precision:
     float32_products: tuple[str, ...] = ()
     """Paths of products, such as "vision/blocks.31/down", that stay in float32 in a graph of 16 bits."""
 
+    codes: str = ""
+    """What products are rounded to by plain operators, beside all that: "int8", "fp8", "nvfp4" or nothing."""
+
+    def opset(self, graph: str) -> int:
+        """The least that one graph, "vision" or "decoder", is to be written in."""
+        if self.codes == NVFP4:
+            return FLOAT4_OPSET if graph == "decoder" else OPSET
+        return CODES[self.codes].opset if self.codes else OPSET
+
     def of(self, graph: str) -> tuple[str, ...]:
         """The excepted products of one graph, without its name."""
         return tuple(path.partition("/")[2] for path in self.float32_products if path.partition("/")[0] == graph)
@@ -59,8 +70,7 @@ class PolicyGraphWriter:
 
     Args:
         reach: of the inputs of products, by their paths ("decoder/layers.0/qkv"): those products are rounded
-            by plain operators (see `qdq`), where flavour "ort" has operators of its own for that.
-        codes: what they are rounded to.
+            by plain operators (see `qdq`), where flavour "ort" has operators of its own for that. Of no use to nvfp4.
     """
 
     def __init__(
@@ -73,7 +83,6 @@ class PolicyGraphWriter:
         input_size_hw: tuple[int, int],
         max_length: int | None = None,
         reach: Mapping[str, Reach] | None = None,
-        codes: Codes = INT8,
     ) -> None:
         self.folder = folder
         self.precision = precision
@@ -89,7 +98,6 @@ class PolicyGraphWriter:
         self._input_size_hw = input_size_hw
         self._max_length = max_length
         self._reach = dict(reach or {})
-        self._codes = codes
         self._external = False
 
     @property
@@ -139,8 +147,12 @@ class PolicyGraphWriter:
             builder = self._build(name, store)
             builder.save(self.folder / f"{name}.onnx")
             if self._reach:
-                path, computed = self.folder / f"{name}.onnx", self.precision.computed
-                quantize_file(path, self._reach_of(name), computed=computed, codes=self._codes)
+                codes = CODES[self.precision.codes]
+                quantize_file(
+                    self.folder / f"{name}.onnx", self._reach_of(name), computed=self.precision.computed, codes=codes
+                )
+            elif self._is_float4(name):
+                dequantize_file(self.folder / f"{name}.onnx", self.precision.computed)
             self.lossless = self.lossless and builder.lossless
             self.builders[name] = builder
 
@@ -159,26 +171,31 @@ class PolicyGraphWriter:
         return {path: reach for path, reach in paths.items() if in_8_bits(path) and path not in excepted}
 
     def _build(self, name: str, store: WeightStore) -> GraphBuilder:
+        computed = self.precision.computed
         if self._reach:
-            store = QdqStore(
-                store, self._reach_of(name), self._codes, scale_dtype(self._codes, self.precision.computed)
-            )
+            codes = CODES[self.precision.codes]
+            store = QdqStore(store, self._reach_of(name), codes, scale_dtype(codes, computed))
+        elif self._is_float4(name):
+            store = Float4Store(store, self.precision.of(name), computed)
         options = {
             "flavour": self._flavour,
             "storage": self.precision.storage,
-            "computed": self.precision.computed,
+            "computed": computed,
             "float32_products": self.precision.of(name),
             "store": store,
-            "opset": self._codes.opset if self._reach else OPSET,
+            "opset": self.precision.opset(name),
         }
         if name == "vision":
             return build_vision(self._checkpoint, input_size_hw=self._input_size_hw, **options)  # type: ignore[arg-type]
         return build_decoder(self._checkpoint, max_length=self._max_length, **options)  # type: ignore[arg-type]
 
+    def _is_float4(self, graph: str) -> bool:
+        return self.precision.codes == NVFP4 and graph == "decoder"
+
     def _file_store(self, name: str, *, whole_file: bool = False) -> FileStore:
         options = f"{self.precision} {self._flavour} {self._input_size_hw}"
         codes = hashlib.sha256(b"".join(path.encode() + reach.key() for path, reach in sorted(self._reach.items())))
-        quantized = f" {self._codes.name} {codes.hexdigest()}" if self._reach else ""
+        quantized = f" {codes.hexdigest()}" if self._reach else ""
         fingerprint = f"{self._checkpoint.fingerprint()} {options}{quantized}"
         try:
             store = FileStore(self.folder / name, fingerprint, whole_file=whole_file)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 STORAGES = ("float16", "float32", "int8")
 """Of weights in the files of both models."""
-POLICY_STORAGES = (*STORAGES, "bfloat16", "int4", "fp8")
-EXPLICIT_STORAGES = ("fp8",)
+POLICY_STORAGES = (*STORAGES, "bfloat16", "int4", "fp8", "nvfp4")
+NVFP4 = "nvfp4"
+EXPLICIT_STORAGES = ("fp8", NVFP4)
 """That plain operators alone spell out, in flavours other than "ort"."""
 QUANTIZED_STORAGES = ("int8", "int4")
 """Whose products are operators of ONNX Runtime's own in flavour "ort"."""

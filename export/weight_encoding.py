@@ -21,6 +21,7 @@ BLOCK = 32
 """Numbers along a row that share one scale in 4 bits: what ONNX Runtime's kernels are made for."""
 
 FLOAT8, HIGHEST_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn), 448.0
+FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -35,7 +36,8 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        elements = int(np.prod(self.shape, dtype=np.int64))
+        return -(-elements // 2) if self.dtype == FLOAT4 else elements * self.dtype.itemsize
 
     @property
     def element(self) -> int:
@@ -189,7 +191,8 @@ def as_float8(values: Floats) -> np.ndarray:
 
     held = torch.from_numpy(np.ascontiguousarray(values)).clamp(-HIGHEST_FLOAT8, HIGHEST_FLOAT8)
     codes: np.ndarray = held.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    return codes.view(FLOAT8)
+    rounded: np.ndarray = codes.view(FLOAT8)
+    return rounded
 
 
 class Int4Encoding(Encoding):

@@ -80,6 +80,8 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
             ("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--segmenter-computed", "bfloat16"),
             "expected --no-trial",
         ),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--storage", "nvfp4"), "--no-trial, and no"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--storage", "fp8"), "flavour portable or trt11"),
     ],
     ids=[
         "gone",
@@ -102,6 +104,8 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         "gone file",
         "another kind of file",
         "bfloat16 tried on a CPU",
+        "float4 tried on a CPU",
+        "float8 in flavour ort",
     ],
 )
 def test_what_cannot_be_exported_writes_nothing(

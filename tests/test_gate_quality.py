@@ -146,7 +146,7 @@ def test_the_shipped_bundle_loses_little_and_finds_much(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "expected"), [("float32", 0.005), ("float16", 0.005), ("int8", 0.02), ("int4", 0.02)]
+    ("storage", "expected"), [("float32", 0.005), ("float16", 0.005), ("int8", 0.02), ("int4", 0.02), ("fp8", 0.02)]
 )
 def test_the_limits_are_the_designs(storage: str, expected: float) -> None:
     assert gate_quality.max_loss(storage) == expected
