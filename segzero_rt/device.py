@@ -148,11 +148,11 @@ class Device:
         Raises:
             BackendError: as `allocate`.
         """
-        return DeviceArray(self.allocate(largest_bytes(shape, np.dtype(dtype).name)), shape, dtype)
+        return DeviceArray(self.allocate(largest_bytes(shape, dtype)), shape, dtype)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """A page-locked array on the host: copies from and to it are enqueued without a wait."""
-        num_bytes = largest_bytes(shape, np.dtype(dtype).name)
+        num_bytes = largest_bytes(shape, dtype)
         with self.current():
             memory = self.driver.pinned(max(1, num_bytes))
         array: NDArray[Any] = memory[:num_bytes].view(dtype).reshape(shape)
@@ -450,6 +450,6 @@ def _check_copy(array: NDArray[Any], memory: Memory) -> None:
         )
 
 
-def largest_bytes(shape: tuple[int, ...], dtype: str) -> int:
+def largest_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array of that shape."""
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return int(np.prod(shape, dtype=np.int64)) * int(np.dtype(dtype).itemsize)

@@ -67,11 +67,9 @@ class Block {
   private:
     enum class State { kReady, kBlock, kWarp, kEnded };
     struct Fiber {
-        ucontext_t context;  // only to begin with: it asks the kernel at each switch, `_longjmp` does not
         jmp_buf place;
-        std::vector<char> stack;
+        std::vector<char> stack;  // of a fiber that has run; it is kept for the next block
         State state;
-        bool begun;
         unsigned mask = 0, exchanges = 0;
         Dim3 index;
     };
@@ -94,16 +92,9 @@ class Block {
 
     void start(size_t i, const Dim3& size) {
         Fiber& fiber = fibers_[i];
-        fiber.stack.resize(kStackBytes);
         fiber.state = State::kReady;
-        fiber.begun = false;
         fiber.exchanges = 0;
         fiber.index = {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, &Block::enter, 0);
     }
 
     [[noreturn]] static void enter();
@@ -113,9 +104,16 @@ class Block {
         current_ = i;
         threadIdx = fibers_[i].index;
         if (_setjmp(scheduler_) != 0) return true;
-        if (fibers_[i].begun) _longjmp(fibers_[i].place, 1);
-        fibers_[i].begun = true;
-        setcontext(&fibers_[i].context);
+        if (!fibers_[i].stack.empty()) _longjmp(fibers_[i].place, 1);
+        fibers_[i].stack.resize(kStackBytes);
+        // Only to begin with: contexts ask the operating system at each switch, `_longjmp` does not.
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = fibers_[i].stack.data();
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        makecontext(&context, &Block::enter, 0);
+        setcontext(&context);
         fail("a fiber cannot begin");
     }
 
@@ -131,7 +129,7 @@ class Block {
         bool any = false, whole = true;
         for (size_t i = 0; i < count; ++i) {
             whole = whole && (fibers_[i].state == State::kBlock || fibers_[i].state == State::kEnded);
-            if (fibers_[i].state != State::kWarp) continue;
+            if (fibers_[i].state != State::kWarp || i % 32 != size_t(__builtin_ctz(fibers_[i].mask))) continue;
             const size_t first = i / 32 * 32;
             bool here = true;
             for (size_t lane = 0; lane < 32; ++lane) {
@@ -157,10 +155,11 @@ class Block {
 inline Block running_block;
 inline void Block::enter() {
     Block& block = running_block;
-    (*block.kernel_)();
-    block.fibers_[block.current_].state = State::kEnded;
-    --block.live_;
-    _longjmp(block.scheduler_, 1);
+    while (true) {  // once for each block
+        (*block.kernel_)();
+        --block.live_;
+        block.wait(State::kEnded, 0);
+    }
 }
 
 inline void __syncthreads() { running_block.wait_for_block(); }

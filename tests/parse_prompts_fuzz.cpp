@@ -54,7 +54,7 @@ void check(bool holds, const char* what) {
 }
 
 void check_result(const Parsed& parsed, u32 length, const Sizes& sizes) {
-    check(parsed.status != Status::kTapeFull, "a tape of a node per byte is enough");
+    check(parsed.status != Status::kNoRoom, "a tape of a node per byte is enough");
     check(parsed.thinking.begin <= parsed.thinking.end && parsed.thinking.end <= length, "thinking lies in the reply");
     check((parsed.status == Status::kOk) == (parsed.num_prompts > 0), "ok and prompts go together");
     check(parsed.num_prompts <= kMaxObjects && parsed.num_prompts <= parsed.num_objects, "number of prompts");
@@ -82,9 +82,9 @@ Parsed run(const u8* data, size_t size, bool print) {
     for (u32 capacity = 1 + choice[5] % 16;; capacity = length + 16) {
         std::vector<Node> nodes(capacity);
         ReplyParser parser(reply.data(), length, finished, mode, rules, sizes, Tape{nodes.data(), capacity, 0},
-                           prompts.data());
+                           prompts.data(), prompts.data() + kMaxObjects);
         const Parsed parsed = parser.parse();
-        if (parsed.status == Status::kTapeFull && capacity < length + 16) continue;
+        if (parsed.status == Status::kNoRoom && capacity < length + 16) continue;
         check_result(parsed, length, sizes);
         if (print) {
             std::printf("%d %u %u %u %u", int(parsed.status), parsed.thinking.begin, parsed.thinking.end,

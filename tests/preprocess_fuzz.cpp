@@ -14,11 +14,21 @@ using namespace segzero;
 namespace {
 
 void run_kernels(const FrameJob& job) {
-    Axis across, down;
-    across.fill(job.width, job.to.width, job.cubic != 0);
-    down.fill(job.height, job.to.height, job.cubic != 0);
     std::vector<u32> middle(size_t(job.height) * size_t(job.to.width));
     const auto blocks = [](i32 length) { return unsigned(length + 7) / 8; };
+    struct {
+        std::vector<Taps> taps;
+        std::vector<i32> weights;
+    } across, down;
+    const auto fill = [&](auto& axis, i32 from, i32 to) {
+        const i32 room = most_taps(from, to, job.cubic != 0);
+        axis.taps.resize(size_t(to));
+        axis.weights.resize(size_t(to) * size_t(room));
+        launch_in_turn({blocks(to), 1, 1}, {8, 1, 1},
+                       [&] { axis_taps_kernel(from, to, job.cubic, room, axis.taps.data(), axis.weights.data()); });
+    };
+    fill(across, job.width, job.to.width);
+    fill(down, job.height, job.to.height);
     launch_in_turn({blocks(job.to.width), blocks(job.height), 1}, {8, 8, 1}, [&] {
         resample_columns_kernel(job, across.taps.data(), across.weights.data(), middle.data());
     });

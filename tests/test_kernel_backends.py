@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,13 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel_builds import NEEDS_COMPILER, forget_choice
+from kernel_builds import NEEDS_COMPILER, ONLY_COMPILER, device_on_host, forget_choice
 
 from segzero_rt.answer_format import VISION_REASONER
 from segzero_rt.answer_parser import parse_answer
+from segzero_rt.commands.build import compile_kernels
 from segzero_rt.errors import BackendError
-from segzero_rt.kernels.backend import KERNELS_VARIABLE, resolve_kernels
+from segzero_rt.kernels.backend import KERNELS_VARIABLE, MANY_REPLIES, kernels_for, resolve_kernels
 from segzero_rt.kernels.build import CACHE_VARIABLE, COMPILER_VARIABLE, host_library, library_path
+from segzero_rt.kernels.device_build import (
+    DEVICE_SOURCES,
+    NVCC_VARIABLE,
+    TOOLKIT_VARIABLES,
+    device_code,
+    find_nvcc,
+    is_compiled,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -169,3 +179,106 @@ def test_importing_the_kernels_compiles_and_loads_nothing(tmp_path: Path) -> Non
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]" and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pycuda") is not None, reason="pycuda is installed")
+def test_a_device_that_is_not_there_is_an_error_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, "cuda")
+    with pytest.raises(BackendError, match=r"segzero-rt\[cuda\]"):
+        resolve_kernels()
+    with pytest.raises(BackendError, match=r"segzero-rt\[cuda\]"):
+        kernels_for(1)
+
+
+@ONLY_COMPILER
+def test_auto_takes_a_device_for_many_replies_where_nothing_is_left_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segzero_rt.kernels.backend.open_device", device_on_host)
+    monkeypatch.setattr("segzero_rt.device.Device.open", lambda: device_on_host().device.device)
+    monkeypatch.setattr("segzero_rt.kernels.device_build.find_nvcc", lambda: "nvcc")
+    for name, compiled, forced, count, chosen in (
+        ("few", True, None, MANY_REPLIES - 1, "host"),
+        ("many", True, None, MANY_REPLIES, "cuda"),
+        ("not compiled", False, None, MANY_REPLIES, "host"),
+        ("another forced", True, "reference", MANY_REPLIES, "reference"),
+        ("forced for one", False, "cuda", 1, "cuda"),
+    ):
+        forget_choice()
+        monkeypatch.setattr("segzero_rt.kernels.device_build.is_compiled", lambda capability, answer=compiled: answer)
+        monkeypatch.setenv(KERNELS_VARIABLE, forced or "auto")
+        assert str(kernels_for(count)) == chosen, name
+
+
+def _nvcc(folder: Path, script: str) -> Path:
+    folder.mkdir()
+    return _compiler(folder / "nvcc", script)
+
+
+def test_machine_code_is_compiled_once_for_each_device_and_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    script = f'echo "$@" >> "{asked}"; while [ "$1" != "-o" ]; do shift; done; echo code > "$2"'
+    monkeypatch.setenv(NVCC_VARIABLE, str(_nvcc(tmp_path / "one", script)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert not is_compiled("8.7")
+    for _ in range(2):
+        for source in DEVICE_SOURCES:
+            assert device_code(source, "8.7") == b"code\n"
+    assert is_compiled("8.7") and not is_compiled("9.0")
+    lines = asked.read_text().splitlines()
+    assert len(lines) == len(DEVICE_SOURCES) and all("-arch=sm_87" in line for line in lines)
+    device_code("preprocess.cu", "12.0")
+    monkeypatch.setenv(NVCC_VARIABLE, str(_nvcc(tmp_path / "two", script)))
+    assert not is_compiled("8.7"), "another toolkit"
+    device_code("preprocess.cu", "12.0")
+    assert [line.count("-arch=sm_120") for line in asked.read_text().splitlines()[-2:]] == [1, 1]
+
+
+def test_building_for_a_device_compiles_its_kernels_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = 'while [ "$1" != "-o" ]; do shift; done; echo code > "$2"'
+    monkeypatch.setenv(NVCC_VARIABLE, str(_nvcc(tmp_path / "bin", script)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    for lines in (len(DEVICE_SOURCES), 0):
+        assert compile_kernels("8.7") == {"capability": "8.7", "status": "compiled"} and is_compiled("8.7")
+        assert capsys.readouterr().err.count("8.7") == lines, "what is there is not compiled again"
+    monkeypatch.setenv(NVCC_VARIABLE, "no-such-nvcc")
+    told = compile_kernels("8.7")
+    assert told["status"] == "not_compiled" and NVCC_VARIABLE in told["reason"]
+    assert told["reason"] in capsys.readouterr().err
+
+
+def test_without_nvcc_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NVCC_VARIABLE, "no-such-nvcc")
+    with pytest.raises(BackendError, match=f"CUDA toolkit.*{NVCC_VARIABLE}"):
+        device_code("preprocess.cu", "8.7")
+    assert not is_compiled("8.7")
+
+
+def test_an_nvcc_that_fails_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f'echo x >> "{tmp_path / "asked"}"; echo "nvcc fatal: error: Unsupported gpu architecture" >&2; exit 1'
+    monkeypatch.setenv(NVCC_VARIABLE, str(_nvcc(tmp_path / "bin", script)))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    for _ in range(2):
+        with pytest.raises(BackendError, match="Unsupported gpu architecture"):
+            device_code("preprocess.cu", "8.7")
+    assert (tmp_path / "asked").read_text() == "x\n"
+
+
+def test_nvcc_is_found_in_the_toolkits_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(NVCC_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "toolkit").mkdir()
+    nvcc = _nvcc(tmp_path / "toolkit" / "bin", "exit 0")
+    for variable in TOOLKIT_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(TOOLKIT_VARIABLES[1], str(tmp_path / "toolkit"))
+    assert find_nvcc() == str(nvcc)
+
+
+@pytest.mark.gpu
+def test_a_device_is_named_by_its_capability() -> None:
+    chosen = resolve_kernels("cuda")
+    assert str(chosen) == "cuda" and chosen.device is not None
+    assert chosen.device.device.capability in chosen.detail

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile_corpus import CORPUS, text_of
-from kernel_builds import BUILDS, NEEDS_COMPILER
+from kernel_builds import BUILDS, COMPILED_BUILDS, DEVICE_BUILDS, NEEDS_COMPILER, kernel_build
 
 from benchmarks.kernel_fuzz import disagreements, fuzz
 from segzero_rt.answer_format import FORMATS, SEG_ZERO, VISION_REASONER
@@ -27,6 +27,8 @@ from segzero_rt.json_reader import MAX_DEPTH, MAX_NUMBER_CHARS, Dialect, JsonFau
 from segzero_rt.kernels.backend import Kernels, resolve_kernels
 from segzero_rt.kernels.build import HERE
 from segzero_rt.kernels.parse_prompts import MAX_SIDE, decode_reply, encode_reply, parse_prompts
+from segzero_rt.kernels.parse_prompts_device import NO_ROOM, PROMPT, DeviceParser
+from segzero_rt.kernels.reply_text_device import DeviceSpeller
 
 ASSETS = Path(__file__).resolve().parents[1] / ".." / "shared" / "assets"
 NEEDS_ASSETS = pytest.mark.skipif(not ASSETS.exists(), reason=f"public suites and real outputs are not at {ASSETS}")
@@ -42,16 +44,21 @@ def host() -> Kernels:
 
 @pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return resolve_kernels(request.param)
+    return kernel_build(request.param)
 
 
-def _check(replies: list[bytes], host: Kernels, **arguments: Any) -> None:
+@pytest.fixture(params=COMPILED_BUILDS)
+def compiled(request: pytest.FixtureRequest) -> Kernels:
+    return kernel_build(request.param)
+
+
+def _check(replies: list[bytes], compiled: Kernels, **arguments: Any) -> None:
     arguments = {**SQUARE, **arguments}
-    wrong, _ = disagreements(replies, arguments, (host, resolve_kernels("reference")))
+    wrong, _ = disagreements(replies, arguments, (compiled, resolve_kernels("reference")))
     assert wrong == [], f"{len(wrong)} disagreements with {arguments}"
 
 
-# --- the contract, on both builds
+# --- the contract, on every build
 
 
 def test_a_batch_by_hand(kernels: Kernels) -> None:
@@ -120,27 +127,25 @@ def test_one_reply_and_many_are_read_alike(kernels: Kernels) -> None:
         assert together.answer(index, text) == parse_answer(text, **SQUARE)
 
 
-# --- the host's build against the reference
+# --- compiled builds against the reference
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize(("answer_format", "mode", "finished"), EVERY_WAY, ids=lambda v: getattr(v, "name", str(v)))
-def test_hostile_corpus(answer_format: Any, mode: str, finished: bool, host: Kernels) -> None:
+def test_hostile_corpus(answer_format: Any, mode: str, finished: bool, compiled: Kernels) -> None:
     replies = [encode_reply(text) for text in map(text_of, CORPUS) if len(text) < 50_000]
     _check(
-        replies, host, answer_format=answer_format, mode=mode, finished=finished, source_size_hw=(481, 1919)
+        replies, compiled, answer_format=answer_format, mode=mode, finished=finished, source_size_hw=(481, 1919)
     )  # odd sizes: rounding shows
 
 
-@NEEDS_COMPILER
 @NEEDS_ASSETS
 @pytest.mark.parametrize("mode", MODES)
-def test_real_outputs(mode: str, host: Kernels) -> None:
+def test_real_outputs(mode: str, compiled: Kernels) -> None:
     with gzip.open(ASSETS / "model_outputs.jsonl.gz", "rt", encoding="utf-8") as lines:
         replies = [encode_reply(json.loads(line)["output"]) for line in lines]
     assert len(replies) == 13_754
     for answer_format in FORMATS.values():
-        _check(replies, host, answer_format=answer_format, mode=mode, source_size_hw=(1080, 1920))
+        _check(replies, compiled, answer_format=answer_format, mode=mode, source_size_hw=(1080, 1920))
 
 
 def _suite() -> list[bytes]:
@@ -164,15 +169,14 @@ def test_public_json_suites_as_documents(host: Kernels) -> None:
             assert end == len(encode_reply(text[: reading.end])) or "\udc80" <= max(text) <= "\udcff"
 
 
-@NEEDS_COMPILER
 @NEEDS_ASSETS
 @pytest.mark.parametrize("mode", MODES)
-def test_public_json_suites_as_answers(mode: str, host: Kernels) -> None:
+def test_public_json_suites_as_answers(mode: str, compiled: Kernels) -> None:
     documents = [document for document in _suite() if len(document) < 60_000]
     boxes = [OBJECT.encode().replace(b"190", document[:2000]) for document in documents]
     for replies in (documents, [b"<answer>" + d + b"</answer>" for d in documents], [b"[" + b + b"]" for b in boxes]):
         for answer_format in FORMATS.values():
-            _check(replies, host, answer_format=answer_format, mode=mode)
+            _check(replies, compiled, answer_format=answer_format, mode=mode)
 
 
 def _read_document(host: Kernels, document: bytes, dialect: Dialect) -> tuple[JsonFault | None, int]:
@@ -233,8 +237,7 @@ def _number_tokens() -> list[str]:
     return [token for token in tokens if len(token) <= MAX_NUMBER_CHARS]
 
 
-@NEEDS_COMPILER
-def test_white_space_is_that_of_python(host: Kernels) -> None:
+def test_white_space_is_that_of_python(compiled: Kernels) -> None:
     ranges = ((0, 0x300), (0x1670, 0x1690), (0x1FF0, 0x2070), (0x2FF0, 0x3010), (0xFEF0, 0xFF20))  # around all of it
     characters = [chr(code) for begin, end in ranges for code in range(begin, end)]
     assert {chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()} <= set(characters)
@@ -246,12 +249,11 @@ def test_white_space_is_that_of_python(host: Kernels) -> None:
     )
     for template in templates:
         replies = [encode_reply(template.replace("{0}", character)) for character in characters]
-        _check(replies, host)
-        _check(replies, host, mode="vision_reasoner")
+        _check(replies, compiled)
+        _check(replies, compiled, mode="vision_reasoner")
 
 
-@NEEDS_COMPILER
-def test_names_of_boxes_and_points_are_those_of_the_reference(host: Kernels) -> None:
+def test_names_of_boxes_and_points_are_those_of_the_reference(compiled: Kernels) -> None:
     stems = ("bbox", "box", "xyxy", "point", "points", "boundingbox", "bboxxyxy", "boxxyxy", "pointss", "bboxes")
     endings = ("", "2d", "xy", "2", "0", "9", "10", "2d0", "2d9", "2d10", "d2", "xy1", "2dxy", "xyxy", "s", "2D_9", "é")
     keys = {f"{stem}{ending}" for stem in stems for ending in endings} | BOX_NAMES | POINT_NAMES
@@ -259,7 +261,7 @@ def test_names_of_boxes_and_points_are_those_of_the_reference(host: Kernels) -> 
     for other in ("bbox_2d", "point_2d"):
         value = "[190, 235]" if other == "bbox_2d" else "[120, 130, 260, 340]"
         full = "[120, 130, 260, 340]" if other == "bbox_2d" else "[190, 235]"
-        _check([f'<answer>{{"{other}": {full}, "{key}": {value}}}'.encode() for key in sorted(keys)], host)
+        _check([f'<answer>{{"{other}": {full}, "{key}": {value}}}'.encode() for key in sorted(keys)], compiled)
 
 
 def _point_keys(count: int) -> str:
@@ -298,12 +300,11 @@ AT_THE_LIMIT = [
 ]
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize(("name", "text"), AT_THE_LIMIT, ids=[name for name, _ in AT_THE_LIMIT])
-def test_limits_are_the_references(name: str, text: str, host: Kernels) -> None:
+def test_limits_are_the_references(name: str, text: str, compiled: Kernels) -> None:
     for reply in (f"<answer>{text}</answer>", f"<answer>{text}", text):
         for mode in MODES:
-            _check([encode_reply(reply)], host, mode=mode)
+            _check([encode_reply(reply)], compiled, mode=mode)
 
 
 # Answers in the form that is read in one pass, and what differs from it by a little.
@@ -395,29 +396,26 @@ def _nearly_plain() -> list[bytes]:
     return [encode_reply(text) for text in texts]
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize(("answer_format", "mode", "finished"), EVERY_WAY, ids=lambda v: getattr(v, "name", str(v)))
-def test_what_is_nearly_the_usual_answer(answer_format: Any, mode: str, finished: bool, host: Kernels) -> None:
+def test_what_is_nearly_the_usual_answer(answer_format: Any, mode: str, finished: bool, compiled: Kernels) -> None:
     for around in (b"%b", b"<think> a </think><answer>%b</answer>", b"<think>a</think> <answer> %b"):
         replies = [around % text for text in _nearly_plain()]
-        _check(replies, host, answer_format=answer_format, mode=mode, finished=finished, source_size_hw=(481, 1919))
+        _check(replies, compiled, answer_format=answer_format, mode=mode, finished=finished, source_size_hw=(481, 1919))
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize(
     ("box_key", "point_keys"),
     [("area", ("spot",)), ("bbox", ("bbox",)), ("bbox", ("point", "point")), ("Box", ("POINT_XY",)), ("label", ("x",))],
 )
-def test_formats_with_keys_of_their_own(box_key: str, point_keys: tuple[str, ...], host: Kernels) -> None:
+def test_formats_with_keys_of_their_own(box_key: str, point_keys: tuple[str, ...], compiled: Kernels) -> None:
     own = replace(VISION_REASONER, box_key=box_key, point_keys=point_keys)
     texts = [reply.replace(b"bbox_2d", box_key.encode()) for reply in _nearly_plain()]
     texts += [reply.replace(b"point_2d", point_keys[0].encode()) for reply in texts]
     for mode in ("tolerant", "rfc8259"):
-        _check(texts, host, answer_format=own, mode=mode)
+        _check(texts, compiled, answer_format=own, mode=mode)
 
 
-@NEEDS_COMPILER
-def test_any_number_of_tags_is_found(host: Kernels) -> None:
+def test_any_number_of_tags_is_found(compiled: Kernels) -> None:
     answer = f"<answer>[{OBJECT}]</answer>"
     for count in range(30):
         for tag in (
@@ -436,7 +434,7 @@ def test_any_number_of_tags_is_found(host: Kernels) -> None:
                 f"[{OBJECT}]",
             )
             for mode in ("tolerant", "rfc8259"):
-                _check([encode_reply(text) for text in texts], host, mode=mode)
+                _check([encode_reply(text) for text in texts], compiled, mode=mode)
 
 
 @NEEDS_COMPILER
@@ -455,11 +453,10 @@ def test_the_source_has_the_limits_of_the_reference() -> None:
     assert {name: int(limits[name]) for name in expected} == expected
 
 
-@NEEDS_COMPILER
 @pytest.mark.parametrize(
     "data", [b"\x80", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x82\x82\x82", b"\xc0\xaf", b"\xf4\x90\x80\x80"]
 )
-def test_bytes_that_are_no_text(data: bytes, host: Kernels) -> None:
+def test_bytes_that_are_no_text(data: bytes, compiled: Kernels) -> None:
     answer = f"[{OBJECT}]".encode()
     replies = [
         b"<think>" + data + b" x " + data + b"</think><answer>" + answer + b"</answer>",
@@ -470,5 +467,105 @@ def test_bytes_that_are_no_text(data: bytes, host: Kernels) -> None:
         data,
     ]
     for mode in MODES:
-        _check(replies, host, mode=mode)
-        _check(replies, host, mode=mode, answer_format=SEG_ZERO, finished=False)
+        _check(replies, compiled, mode=mode)
+        _check(replies, compiled, mode=mode, answer_format=SEG_ZERO, finished=False)
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_what_lies_on_the_device_is_read_there_without_a_wait(build: str) -> None:
+    kernels = kernel_build(build).device
+    assert kernels is not None
+    device = kernels.device
+    replies = [f"<think>a</think><answer>[{OBJECT}]</answer>".encode(), b"<answer>[]</answer>", b"x"]
+    replies += [f"<answer>[{', '.join([OBJECT] * 3)}]</answer>".encode()]
+    text = device.to_device(np.frombuffer(b"".join(replies), np.uint8))
+    bounds = np.cumsum([0, *map(len, replies)], dtype=np.int64)
+    begins, ends = device.to_device(bounds[:-1]), device.to_device(bounds[1:])
+    sizes, finished = (
+        device.to_device(np.array([[840, 840, 84, 420]], np.int32)),
+        device.to_device(np.ones(1, np.uint8)),
+    )
+    parser = DeviceParser(kernels, VISION_REASONER, max_replies=4, slots=2)
+    offsets, packed = device.empty((5,), np.int64), device.empty((8,), PROMPT)
+    parser.enqueue(text, begins, ends, sizes, finished)  # compiles and loads
+    waits, allocations = device.num_host_waits, device.num_allocations
+    parser.enqueue(text, begins, ends, sizes, finished)
+    parser.pack(4, offsets, packed)
+    assert (device.num_host_waits, device.num_allocations) == (waits, allocations), "nothing was waited for"
+    heads, rows, places, prompts = device.to_host(parser.replies, parser.prompts, offsets, packed)
+    assert heads["status"].tolist() == [0, 1, 3, NO_ROOM], "two slots are too few for three prompts"
+    assert heads["thinking"][0].tolist() == [7, 8] and heads["num_prompts"].tolist() == [1, 0, 0, 0]
+    assert places.tolist() == [0, 1, 1, 1, 1]
+    assert rows[0, 0] == prompts[0] and prompts[0]["box_xyxy"].tolist() == [60, 13, 130, 34]
+    assert prompts[0]["points_xy"][0].tolist() == [95, 24] and prompts[0]["num_points"] == 1
+    alone = DeviceParser(kernels, VISION_REASONER)
+    alone.enqueue(text, begins.view((1,)), ends.view((1,)), sizes, finished)
+    (head,) = device.to_host(alone.replies)
+    assert head[0] == heads[0], "one reply by itself"
+    for wrong in (
+        lambda: parser.enqueue(text, device.empty((5,), np.int64), ends, sizes, finished),
+        lambda: parser.enqueue(text, begins, ends.view((3,)), sizes, finished),
+        lambda: parser.enqueue(text, begins, ends, device.empty((2, 4), np.int32), finished),
+        lambda: parser.pack(4, offsets.view((4,)), packed),
+        lambda: DeviceParser(kernels, VISION_REASONER, slots=0),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            wrong()
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_tokens_on_the_device_are_spelled_and_read_there(build: str) -> None:
+    kernels = kernel_build(build).device
+    assert kernels is not None
+    device = kernels.device
+    tokens = [
+        None,
+        b"<answer>",
+        OBJECT.encode(),
+        b"[",
+        b"]",
+        b"</answer>",
+        b"",
+        b"\xc3",
+        b"\xa9",
+        b"<think>",
+        b"</think>",
+    ]
+    replies = [
+        ("an answer", [9, 7, 8, 10, 1, 3, 2, 4, 5]),
+        ("nothing", []),
+        ("only what says nothing", [0, 6, 0]),
+        ("ids that are none", [-1, 1, 3, 11, 4, 1 << 30, 5]),
+        ("three hundred tokens", [7, 8] * 145 + [1, 3, 4, 5]),
+        ("as many as there are", [8] * 300),
+    ]
+    ids = np.full((len(replies), 300), 2, np.int32)  # behind a reply stands what was never said
+    for row, (_, said) in zip(ids, replies, strict=True):
+        row[: len(said)] = said
+    counts = np.array([len(said) for _, said in replies[:-1]] + [1000], np.int32)
+    speller = DeviceSpeller(kernels, tokens, max_replies=8, max_tokens=300)
+    parser = DeviceParser(kernels, VISION_REASONER, max_replies=8)
+    resident, numbers = device.to_device(ids), device.to_device(counts)
+    sizes = device.to_device(np.array([[840, 840, 840, 840]], np.int32))
+    finished = device.to_device(np.ones(1, np.uint8))
+    for first in (True, False):
+        waits = device.num_host_waits
+        speller.enqueue(resident, numbers)
+        begins, ends = (array.view((len(replies),)) for array in (speller.begins, speller.ends))
+        parser.enqueue(speller.text, begins, ends, sizes, finished)
+        assert first or device.num_host_waits == waits, "nothing was waited for"
+    text, start, stop, heads = device.to_host(speller.text, begins, ends, parser.replies.view((len(replies),)))
+    for index, (name, said) in enumerate(replies):
+        want = b"".join(tokens[number] or b"" for number in said if 0 <= number < len(tokens))
+        assert text[start[index] : stop[index]].tobytes() == want, name
+    assert heads["status"].tolist() == [0, 3, 3, 1, 1, 3]
+    assert heads["thinking"][0].tolist() == [7, 9]
+    for wrong in (
+        lambda: speller.enqueue(resident, numbers.view((5,))),
+        lambda: speller.enqueue(resident.view((6, 299)), numbers),
+        lambda: speller.enqueue(device.empty((9, 300), np.int32), device.empty((9,), np.int32)),
+        lambda: DeviceSpeller(kernels, [], max_replies=1, max_tokens=1),
+        lambda: DeviceSpeller(kernels, tokens, max_replies=0, max_tokens=1),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            wrong()

@@ -1,4 +1,4 @@
-"""postprocess_masks: rules by hand on both builds, builds against each other bit for bit, SAM 2 and COCO as oracles."""
+"""postprocess_masks: rules by hand on every build, builds against each other bit for bit, SAM 2 and COCO as oracles."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from kernel_builds import BUILDS, NEEDS_COMPILER
+from kernel_builds import BUILDS, COMPILED_BUILDS, DEVICE_BUILDS, NEEDS_COMPILER, kernel_build
 
 from segzero_rt.kernels.backend import Kernels, resolve_kernels
 from segzero_rt.kernels.postprocess_masks import CLEAN_ORDERS, ProcessedMasks, postprocess_masks, small_components
+from segzero_rt.kernels.postprocess_masks_device import DeviceMaskMaker
 from segzero_rt.mask import decode_rle
 
 
 @pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return resolve_kernels(request.param)
+    return kernel_build(request.param)
 
 
 def logits_of(text: str) -> np.ndarray:
@@ -150,18 +151,20 @@ def _assert_equal(one: ProcessedMasks, other: ProcessedMasks) -> None:
     assert one.rle_counts == other.rle_counts
 
 
-@NEEDS_COMPILER
+@pytest.mark.parametrize("build", COMPILED_BUILDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("coarse_hw", "size_hw"), SIZES, ids=str)
-def test_the_builds_agree_to_the_bit(coarse_hw: tuple[int, int], size_hw: tuple[int, int], kind: str) -> None:
+def test_the_builds_agree_to_the_bit(
+    coarse_hw: tuple[int, int], size_hw: tuple[int, int], kind: str, build: str
+) -> None:
     logits = _logits(kind, coarse_hw)
     for rules in RULES:
-        builds = (resolve_kernels("host"), resolve_kernels("reference"))
-        _assert_equal(*(postprocess_masks(logits, size_hw, **rules, kernels=build) for build in builds))
+        builds = (kernel_build(build), resolve_kernels("reference"))
+        _assert_equal(*(postprocess_masks(logits, size_hw, **rules, kernels=one) for one in builds))
 
 
-@NEEDS_COMPILER
-def test_the_builds_agree_on_many_small_pictures() -> None:
+@pytest.mark.parametrize("build", COMPILED_BUILDS)
+def test_the_builds_agree_on_many_small_pictures(build: str) -> None:
     rng = np.random.default_rng(11)
     for _ in range(300):
         coarse_hw, size_hw = rng.integers(1, 12, 2), rng.integers(0, 30, 2)
@@ -172,8 +175,8 @@ def test_the_builds_agree_on_many_small_pictures() -> None:
             "order": CLEAN_ORDERS[rng.integers(2)],
         }
         size = (int(size_hw[0]), int(size_hw[1]))
-        builds = (resolve_kernels("host"), resolve_kernels("reference"))
-        _assert_equal(*(postprocess_masks(logits, size, **rules, kernels=build) for build in builds))
+        builds = (kernel_build(build), resolve_kernels("reference"))
+        _assert_equal(*(postprocess_masks(logits, size, **rules, kernels=one) for one in builds))
 
 
 @NEEDS_COMPILER
@@ -184,6 +187,49 @@ def test_logits_need_not_be_contiguous() -> None:
         postprocess_masks(logits, (30, 50), kernels=host),
         postprocess_masks(np.ascontiguousarray(logits), (30, 50), kernels=host),
     )
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+@pytest.mark.parametrize("order", CLEAN_ORDERS)
+def test_logits_on_the_device_become_masks_there_without_a_wait(order: Any, build: str) -> None:
+    kernels = kernel_build(build).device
+    assert kernels is not None
+    device = kernels.device
+    rules: dict[str, Any] = {"max_hole_area": 9, "max_sprinkle_area": 6, "order": order}
+    maker = DeviceMaskMaker(kernels, (2, 24, 40), (135, 101), **rules, max_runs=5000, max_characters=9000)
+    few = DeviceMaskMaker(kernels, (2, 24, 40), (135, 101), **rules, max_runs=3)
+    short = DeviceMaskMaker(kernels, (2, 24, 40), (135, 101), **rules, max_characters=5)
+    for kind in ("smooth", "noise"):
+        logits = _logits(kind, (24, 40), 2)
+        resident = device.to_device(logits)
+        maker.enqueue(resident)  # compiles and loads
+        waits, allocations = device.num_host_waits, device.num_allocations
+        for one in (maker, few, short):
+            one.enqueue(resident)
+        assert (device.num_host_waits, device.num_allocations) == (waits, allocations), "nothing was waited for"
+        want = postprocess_masks(logits, (135, 101), **rules, kernels=resolve_kernels("reference"))
+        masks, boxes, areas, stability = device.to_host(maker.masks, maker.boxes_xyxy, maker.areas, maker.stability)
+        text, lengths = device.to_host(maker.rle_text, maker.rle_lengths)
+        counts = tuple(text[index, :length].tobytes().decode() for index, length in enumerate(lengths.tolist()))
+        _assert_equal(
+            ProcessedMasks(
+                masks=masks.view(bool), boxes_xyxy=boxes, areas=areas, stability=stability, rle_counts=counts
+            ),
+            want,
+        )
+        assert device.to_host(few.rle_lengths)[0].tolist() == [-1, -1] == device.to_host(short.rle_lengths)[0].tolist()
+    with pytest.raises(ValueError, match="logits"):
+        maker.enqueue(device.empty((2, 24, 41), np.float32))
+    with pytest.raises(ValueError, match="pixels"):
+        DeviceMaskMaker(kernels, (1, 1, 1), (1 << 16, 1 << 15))
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_run_lengths_without_room_on_the_device_come_from_the_host(build: str) -> None:
+    logits = np.where(np.indices((400, 400)).sum(axis=0) % 2, 1, -1).astype(np.float32)[None]
+    read, want = (postprocess_masks(logits, (400, 400), kernels=kernel_build(one)) for one in (build, "reference"))
+    _assert_equal(read, want)
+    assert len(want.rle_counts[0]) > 1 << 16
 
 
 # --- oracles

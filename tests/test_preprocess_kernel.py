@@ -1,18 +1,20 @@
-"""preprocess: rules by hand on both builds, builds against each other bit for bit, Pillow and OpenCV as oracles."""
+"""preprocess: rules by hand on every build, builds against each other bit for bit, Pillow and OpenCV as oracles."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from kernel_builds import BUILDS, NEEDS_COMPILER
+from kernel_builds import BUILDS, COMPILED_BUILDS, DEVICE_BUILDS, kernel_build
 from PIL import Image
 
 from segzero_rt.errors import ImageError
 from segzero_rt.kernels.backend import Kernels, resolve_kernels
 from segzero_rt.kernels.preprocess import YUV_RULES, Frame, InputTensor, preprocess
+from segzero_rt.kernels.preprocess_device import DeviceFrame, DevicePreprocessor
 from segzero_rt.resampling import RESAMPLERS
 
 PLAIN: dict[str, Any] = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
@@ -22,9 +24,17 @@ CLIP: dict[str, Any] = {
 }
 
 
+@dataclass
+class Plane:
+    """Memory of a device, as far as a frame looks at it."""
+
+    num_bytes: int
+    address: int = 4096
+
+
 @pytest.fixture(params=BUILDS)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return resolve_kernels(request.param)
+    return kernel_build(request.param)
 
 
 def pixels(size_hw: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -93,14 +103,68 @@ def frames(size_hw: tuple[int, int]) -> dict[str, Frame]:
     }
 
 
-@NEEDS_COMPILER
+@pytest.mark.parametrize("build", COMPILED_BUILDS)
 @pytest.mark.parametrize("tensor", TENSORS, ids=lambda tensor: f"{tensor.size_hw} {tensor.patch_size}")
 @pytest.mark.parametrize("size_hw", SIZES, ids=str)
-def test_the_builds_agree_to_the_bit(size_hw: tuple[int, int], tensor: InputTensor) -> None:
+def test_the_builds_agree_to_the_bit(size_hw: tuple[int, int], tensor: InputTensor, build: str) -> None:
     for name, frame in frames(size_hw).items():
-        host, reference = (preprocess(frame, tensor, kernels=resolve_kernels(build)) for build in ("host", "reference"))
-        np.testing.assert_array_equal(host, reference, err_msg=name)
-        assert (host.dtype, host.shape) == (reference.dtype, tensor.shape) == (np.float32, reference.shape)
+        found, reference = (preprocess(frame, tensor, kernels=kernel_build(one)) for one in (build, "reference"))
+        np.testing.assert_array_equal(found, reference, err_msg=name)
+        assert (found.dtype, found.shape) == (reference.dtype, tensor.shape) == (np.float32, reference.shape)
+
+
+@pytest.mark.parametrize("build", DEVICE_BUILDS)
+def test_frames_on_the_device_become_tensors_there_without_a_wait(build: str) -> None:
+    kernels = kernel_build(build).device
+    assert kernels is not None
+    device = kernels.device
+    tensor = InputTensor(size_hw=(56, 84), patch_size=14, merge_size=2, **CLIP)
+    order = np.random.default_rng(0).permutation(24)
+    preprocessor = DevicePreprocessor(kernels, tensor, order=order)
+    out = device.empty(tensor.shape, np.float32)
+    for size_hw in ((37, 41), (120, 160), (37, 41)):
+        for name in ("rgb", "bgr", "nv12"):
+            frame = frames(size_hw)[name]
+            pitches = tuple(plane[0].nbytes + 24 for plane in frame.planes)
+            planes = tuple(
+                device.to_device(np.pad(plane.reshape(len(plane), -1), ((0, 0), (0, 24)), constant_values=99))
+                for plane in frame.planes
+            )
+            resident = DeviceFrame(
+                pixel_format=frame.pixel_format, size_hw=size_hw, planes=planes, pitches_bytes=pitches
+            )
+            preprocessor.enqueue(resident, out)  # compiles and loads, and makes the weights of a size
+            waits, allocations = device.num_host_waits, device.num_allocations
+            preprocessor.enqueue(resident, out)
+            assert (device.num_host_waits, device.num_allocations) == (waits, allocations), "nothing was waited for"
+            want = preprocess(frame, tensor, order=order, kernels=resolve_kernels("reference"))
+            np.testing.assert_array_equal(device.to_host(out)[0], want, err_msg=f"{name} {size_hw}")
+    with pytest.raises(ValueError, match="out"):
+        preprocessor.enqueue(resident, device.empty((24, 588), np.float16))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("an unknown format", {"pixel_format": "yuyv"}),
+        ("no rows", {"size_hw": (0, 4)}),
+        ("two planes of one", {"planes": (Plane(99), Plane(99)), "pitches_bytes": (12, 12)}),
+        ("pitches of another number", {"pitches_bytes": (12, 12)}),
+        ("rows that overlap", {"pitches_bytes": (11,)}),
+        ("a byte too little", {"planes": (Plane(2 * 13 + 11),), "pitches_bytes": (13,)}),
+        ("chroma too short", {"pixel_format": "nv12", "planes": (Plane(12), Plane(7)), "pitches_bytes": (4, 4)}),
+    ],
+)
+def test_frames_on_the_device_that_are_none(name: str, change: dict[str, Any]) -> None:
+    good: dict[str, Any] = {
+        "pixel_format": "rgb",
+        "size_hw": (3, 4),
+        "planes": (Plane(2 * 13 + 12),),
+        "pitches_bytes": (13,),
+    }
+    assert DeviceFrame(**good).size_hw == (3, 4)
+    with pytest.raises(ValueError, match="expected"):
+        DeviceFrame(**{**good, **change})
 
 
 # Pillow 13 begins with the pass that leaves less: these shapes are such that it begins with rows, as all others do.

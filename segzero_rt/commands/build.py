@@ -113,7 +113,8 @@ def execute(arguments: argparse.Namespace) -> int:
         gate=_gate(bundle, library) if gpus else None,
         progress=_progress,
     )
-    document = _document(report, str(library), time.perf_counter() - start_s)
+    kernels = compile_kernels(gpus[0].capability) if gpus else None
+    document = {**_document(report, str(library), time.perf_counter() - start_s), "kernels": kernels}
     if arguments.json:
         print_document(document)
     else:
@@ -137,6 +138,20 @@ def _gate(bundle: Bundle, library: Library) -> Gate | None:
     except BackendError as error:
         print(f"build: engines are not gated: {error}", file=sys.stderr)
         return None
+
+
+def compile_kernels(capability: str) -> dict[str, str]:
+    """Compiles the package's own kernels for the device that is here, so that their first use need not. Where that
+    cannot be done, the reason is told and nothing else fails: the host's kernels do the same."""
+    from segzero_rt.errors import BackendError
+    from segzero_rt.kernels.device_build import compile_all
+
+    try:
+        compile_all(capability, lambda what: print(f"build: {what}", file=sys.stderr, flush=True))
+    except BackendError as error:
+        print(f"build: kernels are not compiled: {error}", file=sys.stderr)
+        return {"capability": capability, "status": "not_compiled", "reason": str(error)}
+    return {"capability": capability, "status": "compiled"}
 
 
 def _options(arguments: argparse.Namespace) -> BuildOptions:

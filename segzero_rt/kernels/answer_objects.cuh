@@ -49,8 +49,10 @@ struct Objects {
     const Rules* rules;
     const Sizes* sizes;
     Prompt* prompts;
+    u32 capacity;  // of `prompts`
     u32 num_prompts;
     u32 count;
+    bool full;  // a prompt found no room
     bool equal[kMaxExamples];    // to the example, object by object so far
     bool within[kMaxExamples];   // every object is one of the example's
     // Of the object that is being added:
@@ -59,11 +61,13 @@ struct Objects {
     u32 num_points;
     u32 like[kMaxExamples];  // bit o: equal so far to object o of the example
 
-    SZ_HD void start(const Rules* answer_rules, const Sizes* picture_sizes, Prompt* memory) {
+    SZ_HD void start(const Rules* answer_rules, const Sizes* picture_sizes, Prompt* memory, u32 room) {
         rules = answer_rules;
         sizes = picture_sizes;
         prompts = memory;
+        capacity = room;
         num_prompts = count = 0;
+        full = false;
         for (u32 e = 0; e < kMaxExamples; ++e) equal[e] = within[e] = true;
     }
 
@@ -97,6 +101,10 @@ struct Objects {
             low[axis] = clipped(one <= other ? one : other, input[axis]);
             high[axis] = clipped(one <= other ? other : one, input[axis]);
             if (high[axis] - low[axis] < 1.0) kept = false;
+        }
+        if (kept && num_prompts >= capacity) {
+            full = true;
+            kept = false;
         }
         if (!kept) return;
         Prompt& prompt = prompts[num_prompts];

@@ -18,7 +18,7 @@ enum class Status : i32 {  // answer.AnswerStatus as far as a text can decide it
     kNoneFound,
     kTruncated,
     kMalformed,
-    kTapeFull,  // nothing is said about the reply: parse it again with a longer tape
+    kNoRoom,  // nothing is said about the reply: parse it again with a longer tape and more prompts
 };
 
 struct Parsed {
@@ -31,20 +31,33 @@ struct Parsed {
 
 class ReplyParser {
   public:
-    // `prompts` holds 2 * kMaxObjects: one group of values is kept while the next is read.
+    // Room for prompts in two places: one group of values is kept while the next is read. kMaxObjects is always enough.
     SZ_HD ReplyParser(const u8* text, u32 length, bool finished, Mode mode, const Rules& rules, const Sizes& sizes,
-                      Tape tape, Prompt* prompts)
+                      Tape tape, Prompt* prompts, Prompt* more_prompts, u32 room = kMaxObjects)
         : text_(text), length_(length), finished_(finished), mode_(mode), rules_(rules), tape_(tape) {
-        first_.start(&rules, &sizes, prompts);
-        second_.start(&rules, &sizes, prompts + kMaxObjects);
+        first_.start(&rules, &sizes, prompts, room);
+        second_.start(&rules, &sizes, more_prompts, room);
         sizes_ = &sizes;
     }
 
     SZ_HD Parsed parse() {
-        u32 start = 0;
         tags_.find(text_, length_);
+        return parse_with_tags();
+    }
+
+    // The same where others have found the tags.
+    SZ_HD Parsed parse(const FoundTags& tags) {
+        tags_.text = text_;
+        tags_.length = length_;
+        tags_.found = tags;
+        return parse_with_tags();
+    }
+
+  private:
+    SZ_HD Parsed parse_with_tags() {
+        u32 start = 0;
         Objects* found = find_answer(start);
-        if (tape_full_) return {Status::kTapeFull, {0, 0}, 0, 0, nullptr};
+        if (tape_full_ || (found != nullptr && found->full)) return {Status::kNoRoom, {0, 0}, 0, 0, nullptr};
         if (found == nullptr) start = default_start();
         Parsed parsed = {Status::kMalformed, thinking(start), 0, 0, nullptr};
         if (found != nullptr) {
@@ -62,7 +75,6 @@ class ReplyParser {
         return parsed;
     }
 
-  private:
     const u8* text_;
     u32 length_;
     bool finished_;
@@ -202,7 +214,7 @@ class ReplyParser {
     }
 
     SZ_HD Objects* fresh(Objects& objects) const {
-        objects.start(&rules_, sizes_, objects.prompts);
+        objects.start(&rules_, sizes_, objects.prompts, objects.capacity);
         return &objects;
     }
 

@@ -126,13 +126,17 @@ def _ready_device() -> Kernels | None:
 
 @functools.cache
 def answer_reader() -> Callable[..., Any] | None:
-    """The host's `parse_answer(text, answer_format, input_size_hw, source_size_hw, finished, mode)`, chosen once.
+    """A compiled `parse_answer(text, answer_format, input_size_hw, source_size_hw, finished, mode)`, chosen once.
 
     It returns None for a request that it does not take. None instead of the function: the reference is used.
     """
-    module = resolve_kernels().module
-    if module is None:
+    chosen = resolve_kernels()
+    if chosen.device is not None:
+        from segzero_rt.kernels.parse_prompts_device import device_reader
+
+        return device_reader(chosen)
+    if chosen.module is None:
         return None
     from segzero_rt.kernels.parse_prompts_host import bound_reader
 
-    return bound_reader(module)
+    return bound_reader(chosen.module)

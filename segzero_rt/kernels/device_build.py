@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from segzero_rt.errors import BackendError
@@ -19,9 +20,30 @@ NVCC_VARIABLE = "NVCC"
 TOOLKIT_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 _TOOLKIT = Path("/usr/local/cuda")
 DEVICE_SOURCES: dict[str, tuple[str, ...]] = {
-    "parse_prompts.cu": ("parse_prompts_kernel",),
-    "postprocess_masks.cu": ("upsample_masks_kernel",),
-    "preprocess.cu": ("resample_columns_kernel", "resample_rows_kernel"),
+    "handover.cu": ("join_tokens_kernel", "place_prompts_kernel", "choose_masks_kernel"),
+    "parse_prompts.cu": (
+        "find_tags_kernel",
+        "parse_prompts_kernel",
+        "count_prompts_kernel",
+        "pack_prompts_kernel",
+        "spell_tokens_kernel",
+    ),
+    "postprocess_masks.cu": (
+        "begin_masks_kernel",
+        "label_logits_kernel",
+        "begin_components_kernel",
+        "join_components_kernel",
+        "measure_components_kernel",
+        "clean_logits_kernel",
+        "clean_masks_kernel",
+        "upsample_masks_kernel",
+        "finish_masks_kernel",
+        "count_changes_kernel",
+        "place_changes_kernel",
+        "write_changes_kernel",
+        "write_runs_kernel",
+    ),
+    "preprocess.cu": ("axis_taps_kernel", "resample_columns_kernel", "resample_rows_kernel"),
     "sample_token.cu": ("sample_token_kernel",),
 }
 """Which kernels stand in which file; each file is compiled by itself, since one of them takes half a minute."""
@@ -63,6 +85,19 @@ def device_code(source: str, capability: str) -> bytes:
     return build_once(
         target, nvcc, lambda built: compiled([*command, "-o", str(built), str(HERE / source)])
     ).read_bytes()
+
+
+def compile_all(capability: str, progress: Callable[[str], None]) -> None:
+    """Compiles what is not compiled yet for a device; `progress` is told what comes next, since it takes a minute.
+
+    Raises:
+        BackendError: as `device_code`.
+    """
+    nvcc = find_nvcc()
+    for source in DEVICE_SOURCES:
+        if nvcc is not None and not code_path(source, capability, nvcc).is_file():
+            progress(f"{source} for compute capability {capability}")
+        device_code(source, capability)
 
 
 def is_compiled(capability: str) -> bool:

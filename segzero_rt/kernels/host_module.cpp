@@ -231,7 +231,7 @@ PyObject* parse_answer(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!reply.read(text)) return nullptr;
     const Parsed parsed =
         parse_on_host(workspace, reply.data, u32(reply.length), finished != 0, Mode(mode), known->rules, sizes);
-    if (parsed.status == Status::kTapeFull) return PyErr_NoMemory();
+    if (parsed.status == Status::kNoRoom) return PyErr_NoMemory();
     return answer_type.make({new_reference(statuses[u32(parsed.status)]), reply.cut(text, parsed.thinking),
                              make_prompts(parsed), new_reference(text)});
 }
@@ -325,7 +325,7 @@ struct BatchRequest {
             const Parsed parsed =
                 parse_on_host(own, text, u32(PyBytes_GET_SIZE(reply)), each_end[i * end_step] != 0, Mode(mode),
                               *static_cast<const Rules*>(rules.buf), each_size[i * size_step]);
-            if (parsed.status == Status::kTapeFull) return false;
+            if (parsed.status == Status::kNoRoom) return false;
             packed.add(size_t(i), parsed);
         }
         return true;

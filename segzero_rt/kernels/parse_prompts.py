@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.answer_format import AnswerFormat
 from segzero_rt.answer_parser import MODES, ParseMode, Reading, read_reply
-from segzero_rt.kernels.backend import Kernels, resolve_kernels
+from segzero_rt.kernels.backend import Kernels, kernels_for
 
 MAX_REPLY_BYTES = (1 << 31) - 1
 MAX_SIDE = 1 << 30
@@ -98,7 +98,7 @@ def parse_prompts(
         source_size_hw: height and width of the source picture; likewise.
         finished: whether the policy, not the token budget, ended the reply; one for all or N.
         mode: which notation is accepted, see `answer_parser`.
-        kernels: the build to use; by default what `resolve_kernels` gives.
+        kernels: the build to use; by default what `kernels_for` gives.
 
     Raises:
         ValueError: a size or a reply beyond the limits, arrays that do not fit, or an unknown mode; with compiled
@@ -114,7 +114,12 @@ def parse_prompts(
             f"expected sizes and ends for {count} replies or one for all, got {len(sizes)} sizes and ends of shape "
             f"{list(ended.shape)}"
         )
-    chosen = kernels or resolve_kernels()
+    chosen = kernels or kernels_for(count)
+    if chosen.device is not None:
+        from segzero_rt.kernels.parse_prompts_device import parse_with_device
+
+        _check_replies(replies)
+        return parse_with_device(chosen.device, replies, answer_format, sizes, ended, mode)
     if chosen.module is not None:
         from segzero_rt.kernels.parse_prompts_host import parse_on_host
 
@@ -129,11 +134,7 @@ def _reference(
     finished: NDArray[np.bool_],
     mode: ParseMode,
 ) -> ParsedReplies:
-    for reply in replies:
-        if not isinstance(reply, bytes):
-            raise TypeError(f"expected replies as bytes, got {type(reply).__name__}")
-        if len(reply) > MAX_REPLY_BYTES:
-            raise ValueError(f"expected replies of up to {MAX_REPLY_BYTES} bytes, got {len(reply)}; cut it")
+    _check_replies(replies)
     each_size = np.broadcast_to(sizes, (len(replies), 4)).tolist()
     each_end = np.broadcast_to(finished, (len(replies),)).tolist()
     readings = [
@@ -141,6 +142,14 @@ def _reference(
         for reply, size, end in zip(replies, each_size, each_end, strict=True)
     ]
     return _packed(readings)
+
+
+def _check_replies(replies: Sequence[bytes]) -> None:
+    for reply in replies:
+        if not isinstance(reply, bytes):
+            raise TypeError(f"expected replies as bytes, got {type(reply).__name__}")
+        if len(reply) > MAX_REPLY_BYTES:
+            raise ValueError(f"expected replies of up to {MAX_REPLY_BYTES} bytes, got {len(reply)}; cut it")
 
 
 def _sizes(

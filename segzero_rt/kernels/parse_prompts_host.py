@@ -31,7 +31,9 @@ class _Example(ctypes.Structure):
     )
 
 
-class _Rules(ctypes.Structure):
+class Rules(ctypes.Structure):
+    """`Rules` of answer_objects.cuh."""
+
     _fields_ = (
         ("multiple", ctypes.c_int32),
         ("half_up", ctypes.c_int32),
@@ -48,12 +50,12 @@ class _Rules(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=16)
-def rules_of(answer_format: AnswerFormat) -> _Rules | None:
+def rules_of(answer_format: AnswerFormat) -> Rules | None:
     """What the kernels know of a format; None for keys longer or more than their fixed fields hold, or not ASCII."""
     keys = [answer_format.box_key, *answer_format.point_keys]
     if len(keys) > 1 + MAX_POINT_KEYS or not all(key.isascii() and len(key) <= MAX_KEY_BYTES for key in keys):
         return None
-    rules = _Rules(
+    rules = Rules(
         multiple=answer_format.multiple,
         half_up=answer_format.rounding is Rounding.HALF_UP,
         own_names=_has_known_names(answer_format),
@@ -72,6 +74,21 @@ def rules_of(answer_format: AnswerFormat) -> _Rules | None:
             example.num_points[index] = len(points)
             for row, point in zip(example.points[index], points, strict=False):
                 row[:] = point
+    return rules
+
+
+def required_rules(answer_format: AnswerFormat) -> Rules:
+    """As `rules_of`.
+
+    Raises:
+        ValueError: keys beyond the kernels' limits.
+    """
+    rules = rules_of(answer_format)
+    if rules is None:
+        raise ValueError(
+            f"expected a format with up to {MAX_POINT_KEYS} point keys and keys of up to {MAX_KEY_BYTES} ASCII "
+            f"characters, got {answer_format.name} with {answer_format.box_key!r} and {answer_format.point_keys}"
+        )
     return rules
 
 
@@ -102,12 +119,7 @@ def parse_on_host(
 
     `sizes` and `finished` have an entry for each reply, or one for all.
     """
-    rules = rules_of(answer_format)
-    if rules is None:
-        raise ValueError(
-            f"expected a format with up to {MAX_POINT_KEYS} point keys and keys of up to {MAX_KEY_BYTES} ASCII "
-            f"characters, got {answer_format.name} with {answer_format.box_key!r} and {answer_format.point_keys}"
-        )
+    rules = required_rules(answer_format)
     status, thinking, num_objects, object_offsets, boxes, point_offsets, points = module.parse_prompts(
         replies, rules, sizes, finished, MODES.index(mode)
     )

@@ -12,7 +12,7 @@
 
 namespace segzero {
 
-// Fields as in `_Job` of postprocess_masks_host.py.
+// Fields as in `MaskJob` of postprocess_masks_host.py.
 struct MaskJob {
     const float* logits;  // [count, coarse_height, coarse_width]
     i64 count;
@@ -33,29 +33,13 @@ struct MaskJob {
     i64 rle_used;        // beyond the capacity: what would have been needed
 };
 
+}  // namespace segzero
+
 #ifdef __CUDACC__
-
-// One thread per pixel of one mask per blockIdx.z; the bounds and areas of its mask are gathered with atomics. `boxes`
-// begins as (width, height, 0, 0), `areas` as 0.
-extern "C" __global__ void upsample_masks_kernel(MaskJob job, unsigned long long* areas) {
-    const i32 x = i32(blockIdx.x * blockDim.x + threadIdx.x), y = i32(blockIdx.y * blockDim.y + threadIdx.y);
-    if (x >= job.width || y >= job.height) return;
-    const i64 index = blockIdx.z;
-    const float* logits = job.logits + index * job.coarse_height * job.coarse_width;
-    const float value = upsampled(logits, job.coarse_width, axis_sample(y, job.coarse_height, job.height),
-                                  axis_sample(x, job.coarse_width, job.width));
-    const bool inside = value > job.threshold;
-    job.masks[(index * job.height + y) * job.width + x] = inside;
-    if (!inside) return;
-    atomicAdd(areas + index, 1ull);
-    i32* box = job.boxes_xyxy + 4 * index;
-    atomicMin(box, x);
-    atomicMin(box + 1, y);
-    atomicMax(box + 2, x + 1);
-    atomicMax(box + 3, y + 1);
-}
-
+#include "masks_device.cuh"
 #endif
+
+namespace segzero {
 
 namespace {
 

@@ -88,14 +88,25 @@ def postprocess_masks(
     Raises:
         ValueError: logits of another dtype or shape, a negative size or area, an unknown order.
     """
-    if logits.dtype != np.float32 or logits.ndim != 3 or 0 in logits.shape[1:]:
+    if logits.dtype != np.float32:
         raise ValueError(f"expected logits as float32 [N, h, w], got {logits.dtype} {list(logits.shape)}")
-    if min(size_hw) < 0 or max_hole_area < 0 or max_sprinkle_area < 0:
-        raise ValueError(f"expected no negative size or area, got {size_hw}, {max_hole_area} and {max_sprinkle_area}")
-    if order not in CLEAN_ORDERS:
-        raise ValueError(f"expected an order of {', '.join(CLEAN_ORDERS)}, got {order!r}")
+    check_request(logits.shape, size_hw, max_hole_area, max_sprinkle_area, order)
     limits = (max_hole_area, max_sprinkle_area)
     chosen = kernels or resolve_kernels()
+    if chosen.device is not None:
+        from segzero_rt.kernels.postprocess_masks_device import postprocess_with_device
+
+        return postprocess_with_device(
+            chosen.device,
+            logits,
+            size_hw,
+            threshold=threshold,
+            max_hole_area=max_hole_area,
+            max_sprinkle_area=max_sprinkle_area,
+            order=order,
+            stability_delta=stability_delta,
+            run_lengths=run_lengths,
+        )
     if chosen.library is not None:
         from segzero_rt.kernels.postprocess_masks_host import postprocess_on_host
 
@@ -103,6 +114,20 @@ def postprocess_masks(
             chosen.library, logits, size_hw, threshold, limits, order, stability_delta, run_lengths
         )
     return _reference(logits, size_hw, threshold, limits, order, stability_delta, run_lengths)
+
+
+def check_request(
+    shape: tuple[int, ...], size_hw: tuple[int, int], max_hole_area: int, max_sprinkle_area: int, order: str
+) -> None:
+    """Raises:
+    ValueError: logits of another shape, a negative size or area, an unknown order.
+    """
+    if len(shape) != 3 or 0 in shape[1:]:
+        raise ValueError(f"expected logits as float32 [N, h, w], got float32 {list(shape)}")
+    if min(size_hw) < 0 or max_hole_area < 0 or max_sprinkle_area < 0:
+        raise ValueError(f"expected no negative size or area, got {size_hw}, {max_hole_area} and {max_sprinkle_area}")
+    if order not in CLEAN_ORDERS:
+        raise ValueError(f"expected an order of {', '.join(CLEAN_ORDERS)}, got {order!r}")
 
 
 def _reference(

@@ -15,7 +15,9 @@ _RLE_BYTES = 16 << 10
 """First guess of a mask's run lengths; a real outline takes a few kilobytes."""
 
 
-class _Job(ctypes.Structure):
+class MaskJob(ctypes.Structure):
+    """`MaskJob` of postprocess_masks.cu; a device's kernels take it too."""
+
     _fields_ = (
         ("logits", ctypes.c_void_p),
         ("count", ctypes.c_int64),
@@ -46,27 +48,10 @@ def postprocess_on_host(
     boxes, areas = np.empty((count, 4), np.int32), np.empty(count, np.int64)
     stability, rle_ends = np.empty(count, np.float32), np.zeros(count, np.int64)
     text = np.empty(_RLE_BYTES * count if run_lengths else 0, np.uint8)
-    job = _Job(
-        logits=logits.ctypes.data,
-        count=count,
-        coarse_height=logits.shape[1],
-        coarse_width=logits.shape[2],
-        height=size_hw[0],
-        width=size_hw[1],
-        max_hole_area=limits[0],
-        max_sprinkle_area=limits[1],
-        clean_after=order == "after_upsampling",
-        threshold=threshold,
-        hole_value=threshold + FILL,
-        sprinkle_value=threshold - FILL,
-        stable_above=threshold + stability_delta,
-        stable_below=threshold - stability_delta,
-        masks=masks.ctypes.data,
-        boxes_xyxy=boxes.ctypes.data,
-        areas=areas.ctypes.data,
-        stability=stability.ctypes.data,
-        rle_ends=rle_ends.ctypes.data if run_lengths else None,
-    )
+    job = mask_job(logits.shape, size_hw, threshold, limits, order, stability_delta)
+    job.logits, job.masks = logits.ctypes.data, masks.ctypes.data
+    job.boxes_xyxy, job.areas, job.stability = boxes.ctypes.data, areas.ctypes.data, stability.ctypes.data
+    job.rle_ends = rle_ends.ctypes.data if run_lengths else None
     outcome = _NO_ROOM
     while outcome == _NO_ROOM:  # at most twice: the first round says how much is needed
         job.rle_text, job.rle_capacity = text.ctypes.data, len(text)
@@ -79,6 +64,32 @@ def postprocess_on_host(
     bounds = [0, *rle_ends.tolist()]
     counts = tuple(whole[begin:end] for begin, end in itertools.pairwise(bounds)) if run_lengths else ()
     return ProcessedMasks(masks=masks, boxes_xyxy=boxes, areas=areas, stability=stability, rle_counts=counts)
+
+
+def mask_job(
+    shape: tuple[int, ...],
+    size_hw: tuple[int, int],
+    threshold: float,
+    limits: tuple[int, int],
+    order: str,
+    stability_delta: float,
+) -> MaskJob:
+    """A job without its addresses, for logits of that shape."""
+    return MaskJob(
+        count=shape[0],
+        coarse_height=shape[1],
+        coarse_width=shape[2],
+        height=size_hw[0],
+        width=size_hw[1],
+        max_hole_area=limits[0],
+        max_sprinkle_area=limits[1],
+        clean_after=order == "after_upsampling",
+        threshold=threshold,
+        hole_value=threshold + FILL,
+        sprinkle_value=threshold - FILL,
+        stable_above=threshold + stability_delta,
+        stable_below=threshold - stability_delta,
+    )
 
 
 def encode_on_host(library: ctypes.CDLL, mask: NDArray[np.bool_]) -> str:

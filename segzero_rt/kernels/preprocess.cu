@@ -15,7 +15,7 @@
 
 namespace segzero {
 
-// Fields as in `_Job` of preprocess_host.py.
+// Fields as in `FrameJob` of preprocess_host.py.
 struct FrameJob {
     const u8* first;   // rows of pixels, or of luma
     const u8* second;  // rows of u and v
@@ -39,6 +39,14 @@ SZ_HD inline u32 source_pixel(const FrameJob& job, i32 y, i32 x) {
     const u8* pixel = row + 3 * i64(x);
     const u32 red = pixel[job.format == PixelFormat::kBgr ? 2 : 0], blue = pixel[job.format == PixelFormat::kBgr ? 0 : 2];
     return red | u32(pixel[1]) << 8 | blue << 16;
+}
+
+// One thread per pixel of an axis: its neighbours, with `room` weights for each.
+extern "C" __global__ void axis_taps_kernel(i32 from, i32 to, i32 cubic, i32 room, Taps* taps, i32* weights) {
+    const i32 pixel = i32(blockIdx.x * blockDim.x + threadIdx.x);
+    if (pixel >= to) return;
+    const i64 first = i64(pixel) * room;
+    taps[pixel] = axis_taps(pixel, from, to, cubic != 0, first, weights + first);
 }
 
 // One thread per column of the output and row of the source; `middle` is [height, to.width] with a colour in each.
@@ -128,49 +136,24 @@ struct PixelSums {
 };
 #endif
 
-// Neighbours and weights of one axis. Weights of 0 at either end are left out: they change nothing.
+// Neighbours and weights of one axis.
 struct Axis {
     std::vector<Taps> taps;
     std::vector<i32> weights;
     i32 most = 0;  // neighbours of one pixel
 
     void fill(i32 from, i32 to, bool cubic) {
-        const double scale = double(from) / to, stretch = scale < 1.0 ? 1.0 : scale;
-        const double support = (cubic ? 2.0 : 1.0) * stretch, inverse = 1.0 / stretch;
         taps.clear();
         weights.clear();
         most = 0;
-        std::vector<double> exact;
+        const size_t room = size_t(most_taps(from, to, cubic));
         for (i32 pixel = 0; pixel < to; ++pixel) {
-            const double centre = (pixel + 0.5) * scale;
-            i32 begin = i32(centre - support + 0.5), end = i32(centre + support + 0.5);
-            if (begin < 0) begin = 0;
-            if (end > from) end = from;
-            exact.clear();
-            double sum = 0.0;
-            for (i32 i = begin; i < end; ++i) {
-                exact.push_back(filter_weight((i - centre + 0.5) * inverse, cubic));
-                sum += exact.back();
-            }
-            add(begin, exact, sum);
+            const size_t first = weights.size();
+            weights.resize(first + room);
+            taps.push_back(axis_taps(pixel, from, to, cubic, i64(first), weights.data() + first));
+            weights.resize(first + size_t(taps.back().count));
+            most = taps.back().count > most ? taps.back().count : most;
         }
-    }
-
-  private:
-    void add(i32 begin, const std::vector<double>& exact, double sum) {
-        const i64 first = i64(weights.size());
-        for (const double weight : exact) {
-            const i32 fixed = fixed_weight(sum != 0.0 ? weight / sum : weight);
-            if (fixed == 0 && i64(weights.size()) == first) {
-                ++begin;
-            } else {
-                weights.push_back(fixed);
-            }
-        }
-        while (i64(weights.size()) > first && weights.back() == 0) weights.pop_back();
-        const i32 count = i32(i64(weights.size()) - first);
-        taps.push_back({begin, count, first});
-        most = count > most ? count : most;
     }
 };
 

@@ -184,8 +184,12 @@ def preprocess(
         ValueError: an order that does not name each patch once.
         MemoryError: a frame so long that its weights find no room.
     """
-    places = None if order is None else _places(order, tensor.num_patches)
+    places = None if order is None else places_of(order, tensor.num_patches)
     chosen = kernels or resolve_kernels()
+    if chosen.device is not None:
+        from segzero_rt.kernels.preprocess_device import preprocess_with_device
+
+        return preprocess_with_device(chosen.device, frame, tensor, order)
     if chosen.library is not None:
         from segzero_rt.kernels.preprocess_host import preprocess_on_host
 
@@ -208,8 +212,12 @@ def _reference(frame: Frame, tensor: InputTensor) -> NDArray[np.float32]:
     return np.asarray(values, np.float32).reshape(tensor.shape)
 
 
-def _places(order: NDArray[np.integer], num_patches: int) -> NDArray[np.int32]:
-    """Where each patch goes: the inverse of `order`."""
+def places_of(order: NDArray[np.integer], num_patches: int) -> NDArray[np.int32]:
+    """Where each patch goes: the inverse of `order`.
+
+    Raises:
+        ValueError: an order that does not name each patch once.
+    """
     given = np.asarray(order)
     places = np.full(num_patches, -1, np.int32)
     if given.shape == places.shape and given.size and given.min() >= 0 and given.max() < num_patches:

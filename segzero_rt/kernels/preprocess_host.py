@@ -7,12 +7,14 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from segzero_rt.kernels.preprocess import PIXEL_FORMATS, YUV_RULES, Frame, InputTensor
+from segzero_rt.kernels.preprocess import PIXEL_FORMATS, YUV_RULES, Frame, InputTensor, PixelFormat, YuvColours
 
 _NO_MEMORY = 2
 
 
-class _Job(ctypes.Structure):
+class FrameJob(ctypes.Structure):
+    """`FrameJob` of preprocess.cu; a device's kernels take it too."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("first", "second")),
         *((name, ctypes.c_int64) for name in ("first_pitch", "second_pitch")),
@@ -33,29 +35,34 @@ def preprocess_on_host(
     """See `preprocess.preprocess`, which has checked the arguments; `places` tells where each patch goes."""
     planes = [_with_plain_rows(plane) for plane in frame.planes]
     values = np.empty(tensor.shape, np.float32)
-    job = _Job(
-        first=planes[0].ctypes.data,
-        second=planes[-1].ctypes.data,
-        first_pitch=planes[0].strides[0],
-        second_pitch=planes[-1].strides[0],
-        height=frame.size_hw[0],
-        width=frame.size_hw[1],
-        pixel_format=PIXEL_FORMATS.index(frame.pixel_format),
+    job = frame_job(frame.pixel_format, frame.size_hw, frame.colours, tensor)
+    job.first, job.second = planes[0].ctypes.data, planes[-1].ctypes.data
+    job.first_pitch, job.second_pitch = planes[0].strides[0], planes[-1].strides[0]
+    job.places = None if places is None else places.ctypes.data
+    job.out = values.ctypes.data
+    if library.segzero_preprocess(ctypes.byref(job)) == _NO_MEMORY:
+        raise MemoryError(f"no memory to resize a frame of {frame.size_hw[0]} x {frame.size_hw[1]}")
+    return values
+
+
+def frame_job(
+    pixel_format: PixelFormat, size_hw: tuple[int, int], colours: YuvColours, tensor: InputTensor
+) -> FrameJob:
+    """A job without its addresses and pitches."""
+    return FrameJob(
+        height=size_hw[0],
+        width=size_hw[1],
+        pixel_format=PIXEL_FORMATS.index(pixel_format),
         cubic=tensor.resampler == "pillow_bicubic",
-        yuv=YUV_RULES[frame.colours],
+        yuv=YUV_RULES[colours],
         to_height=tensor.size_hw[0],
         to_width=tensor.size_hw[1],
         patch=tensor.patch_size,
         merge=tensor.merge_size,
-        places=None if places is None else places.ctypes.data,
         scale=1 / 255,
         mean=tensor.image_mean,
         deviation=tensor.image_std,
-        out=values.ctypes.data,
     )
-    if library.segzero_preprocess(ctypes.byref(job)) == _NO_MEMORY:
-        raise MemoryError(f"no memory to resize a frame of {frame.size_hw[0]} x {frame.size_hw[1]}")
-    return values
 
 
 def _with_plain_rows(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:

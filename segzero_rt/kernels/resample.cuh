@@ -46,6 +46,36 @@ SZ_HD inline i32 fixed_weight(double weight) {
     return weight < 0 ? i32(-0.5 + scaled) : i32(0.5 + scaled);
 }
 
+// No pixel has more neighbours.
+SZ_HD inline i32 most_taps(i32 from, i32 to, bool cubic) {
+    const double scale = double(from) / to;
+    return i32(2.0 * (cubic ? 2.0 : 1.0) * (scale < 1.0 ? 1.0 : scale)) + 2;
+}
+
+// The neighbours of one output pixel along an axis of `from` pixels made `to`; their weights go to `weights`, where there
+// is room for `most_taps`. Weights of 0 at either end are left out: they change nothing.
+SZ_HD inline Taps axis_taps(i32 pixel, i32 from, i32 to, bool cubic, i64 first, i32* weights) {
+    const double scale = double(from) / to, stretch = scale < 1.0 ? 1.0 : scale;
+    const double support = (cubic ? 2.0 : 1.0) * stretch, inverse = 1.0 / stretch, centre = (pixel + 0.5) * scale;
+    i32 begin = i32(centre - support + 0.5), end = i32(centre + support + 0.5);
+    if (begin < 0) begin = 0;
+    if (end > from) end = from;
+    double sum = 0.0;
+    for (i32 i = begin; i < end; ++i) sum += filter_weight((i - centre + 0.5) * inverse, cubic);
+    i32 count = 0, used = 0, skipped = 0;
+    for (i32 i = begin; i < end; ++i) {
+        const double weight = filter_weight((i - centre + 0.5) * inverse, cubic);
+        const i32 fixed = fixed_weight(sum != 0.0 ? weight / sum : weight);
+        if (fixed == 0 && count == 0) {
+            ++skipped;
+        } else {
+            weights[count++] = fixed;
+            if (fixed != 0) used = count;
+        }
+    }
+    return {begin + skipped, used, first};
+}
+
 SZ_HD inline u8 settled(i32 sum) {
     const i32 level = sum >> kWeightBits;
     return u8(level < 0 ? 0 : level > 255 ? 255 : level);

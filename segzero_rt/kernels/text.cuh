@@ -147,36 +147,43 @@ SZ_HD_CALL inline Tag next_tag(const u8* text, u32 at, u32 end) {
     return Tag{end, 0, false, false};
 }
 
+// The first tags of a text.
+struct FoundTags {
+    static constexpr u32 kKept = 12;
+    u32 count;
+    Tag kept[kKept];
+};
+
 // The tags of a text in order. The first ones are found once and kept; behind them the text is searched again.
 struct Tags {
-    static constexpr u32 kKept = 12;
+    static constexpr u32 kKept = FoundTags::kKept;
     const u8* text;
     u32 length;
-    u32 count = 0;
-    Tag kept[kKept];
+    FoundTags found;
 
     SZ_HD void find(const u8* reply, u32 bytes) {
         text = reply;
         length = bytes;
+        found.count = 0;
         for (Tag tag = next_tag(text, 0, length); tag.end != 0; tag = next_tag(text, tag.end, length)) {
-            kept[count++] = tag;
-            if (count == kKept) break;
+            found.kept[found.count++] = tag;
+            if (found.count == kKept) break;
         }
     }
 
     // Tag number `index`, which follows `previous`; `end` 0 if there is none.
     SZ_HD Tag get(u32 index, const Tag& previous) const {
-        if (index < count) return kept[index];
-        return count < kKept ? Tag{length, 0, false, false} : next_tag(text, previous.end, length);
+        if (index < found.count) return found.kept[index];
+        return found.count < kKept ? Tag{length, 0, false, false} : next_tag(text, previous.end, length);
     }
     SZ_HD Tag first() const { return get(0, Tag{0, 0, false, false}); }
 
     // The first tag that begins at `at` or behind it.
     SZ_HD Tag from(u32 at) const {
-        for (u32 i = 0; i < count; ++i) {
-            if (kept[i].begin >= at) return kept[i];
+        for (u32 i = 0; i < found.count; ++i) {
+            if (found.kept[i].begin >= at) return found.kept[i];
         }
-        return count < kKept ? Tag{length, 0, false, false} : next_tag(text, at, length);
+        return found.count < kKept ? Tag{length, 0, false, false} : next_tag(text, at, length);
     }
 };
 
