@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,10 @@ class Backend:
     """"cpu", "cuda" or "tensorrt-ep"."""
     version: str
     """Of ONNX Runtime."""
+    stream_handle: int = 0
+    """The CUDA stream that graphs run in, as the driver's number; 0 for one of their own."""
+    replays: bool = False
+    """Runs over memory that stays in place are captured as a CUDA graph once, and replayed."""
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -63,8 +68,10 @@ class Backend:
 
     @property
     def provider_options(self) -> tuple[dict[str, str], ...]:
-        """Of each provider: none but what a device that is shared with others asks for."""
-        return tuple({} for _ in self.providers)
+        """Of each of `providers`."""
+        shared = {"user_compute_stream": str(self.stream_handle)} if self.stream_handle else {}
+        captured = {"enable_cuda_graph": "1"} if self.replays else {}
+        return tuple({**shared, **captured} if provider == _PROVIDERS["cuda"][0] else {} for provider in self.providers)
 
     @property
     def device(self) -> str:
@@ -123,6 +130,7 @@ class Graph:
         self.spec = spec
         self.backend = backend
         self._session = session
+        self._captures = itertools.count(1)
 
     @classmethod
     def load(
@@ -232,24 +240,33 @@ class Graph:
             found[tensor.name] = tuple(int(side) for side in sides)
         return found
 
-    def enqueuer(self, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray]) -> Callable[[], None]:
+    def enqueuer(
+        self, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray], *, fixed: bool = False
+    ) -> Callable[[], None]:
         """A function that enqueues a run over memory of the device, and does not wait for it.
 
         An input and an output may share memory where the graph writes in place. The function keeps the memory.
+
+        Args:
+            fixed: it is called many times, so that a backend that replays may capture it.
 
         Raises:
             GraphError: arrays do not fit the spec.
         """
         check_arrays(self.spec, inputs, outputs)
-        options, device = self._unwaited(), self.backend.device
+        # What a graph reads on the host is a part of what is captured, and would be replayed with it.
+        captured = fixed and not any(isinstance(array, np.ndarray) for array in inputs.values())
+        options, device = self._unwaited(captured), self.backend.device
         return _Enqueuer(self._session, self.spec, inputs, outputs, device=device, options=options)
 
-    def _unwaited(self) -> Any:
+    def _unwaited(self, captured: bool) -> Any:
         """Options of a run that returns before a device has done it; None on the host, where there is no such thing."""
         if self.backend.device == "cpu":
             return None
         options = _onnxruntime().RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.backend.replays:
+            options.add_run_config_entry("gpu_graph_id", str(next(self._captures)) if captured else "-1")
         return options
 
 

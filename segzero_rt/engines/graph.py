@@ -6,15 +6,15 @@ profiles; a run copies its inputs there, enqueues the engine and copies the outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from segzero_rt.bundle import Bundle
-from segzero_rt.device import Device, DeviceBuffer, largest_bytes
+from segzero_rt.device import Device, DeviceArray, DeviceBuffer, largest_bytes
 from segzero_rt.engines.builder import check_profiles, dtype_name
 from segzero_rt.engines.choice import choose_engine
 from segzero_rt.engines.gate import gate_engine
@@ -23,9 +23,12 @@ from segzero_rt.engines.make import Gate
 from segzero_rt.engines.profiles import bundle_specs
 from segzero_rt.engines.record import EngineRecord
 from segzero_rt.errors import EngineError, GraphError
-from segzero_rt.graph import Array, Backend, BoundGraph, Buffer, Graph, Stop
+from segzero_rt.graph import Array, Backend, BoundGraph, Buffer, Graph, Stop, check_arrays
 from segzero_rt.graph_spec import GraphSpec
 from segzero_rt.manifest import GATE_NOT_RUN
+
+if TYPE_CHECKING:
+    from segzero_rt.graph import Memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -38,8 +41,10 @@ class EngineBackend(Backend):
     allow_ungated: bool = False
 
     @classmethod
-    def open(cls, bundle: Bundle, target: str, *, allow_ungated: bool = False) -> EngineBackend:
-        """Finds the library and the device.
+    def open(
+        cls, bundle: Bundle, target: str, *, allow_ungated: bool = False, device: Device | None = None
+    ) -> EngineBackend:
+        """Finds the library and, where none is given, the device.
 
         Raises:
             BackendError: either is not there.
@@ -50,7 +55,7 @@ class EngineBackend(Backend):
             version=library.version,
             bundle=bundle,
             library=library,
-            gpu=Device.open(),
+            gpu=device or Device.open(),
             allow_ungated=allow_ungated,
         )
 
@@ -172,6 +177,50 @@ class EngineGraph(Graph):
                 )
         return BoundEngine(self, inputs, outputs)
 
+    def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """As `Graph.output_shapes`.
+
+        Raises:
+            GraphError: inputs do not fit the spec or any profile.
+        """
+        self.spec.check_shapes(shapes)
+        with self._device.current():
+            return self._shaped(shapes)[1]
+
+    def enqueuer(
+        self, inputs: Mapping[str, Memory], outputs: Mapping[str, DeviceArray], *, fixed: bool = False
+    ) -> Callable[[], None]:
+        """A function that enqueues a run on the device's stream, over memory that is there, as `Graph.enqueuer`.
+
+        Raises:
+            GraphError: arrays do not fit the spec or any profile, lie on the host, or a cache would not be updated
+                where it lies.
+        """
+        check_arrays(self.spec, inputs, outputs)
+        memory = dict(outputs)
+        for name, array in inputs.items():
+            if not isinstance(array, DeviceArray):
+                raise GraphError(f"graph {self.spec.label}: expected {name} on the device, got it on the host")
+            memory[name] = array
+        for name, source in self.spec.in_place.items():
+            if memory[name].address != memory[source].address:
+                raise GraphError(f"graph {self.spec.label}: expected {name} and {source} in one memory, got two")
+        shapes = {name: array.shape for name, array in inputs.items()}
+        with self._device.current():
+            _, found = self._shaped(shapes)
+        for name, shape in found.items():
+            if outputs[name].shape != shape:
+                raise GraphError(f"graph {self.spec.label}: expected {name} of {shape}, got {outputs[name].shape}")
+
+        def enqueue() -> None:
+            context, _ = self._shaped(shapes)  # which runs of other shapes may have changed
+            for name, array in memory.items():
+                context.set_tensor_address(name, array.address)
+            if not context.execute_async_v3(self._device.stream_handle):
+                raise GraphError(f"expected graph {self.spec.label} to run, {self._library} refuses")
+
+        return enqueue
+
     def _prepare(self, inputs: Mapping[str, Array]) -> tuple[Any, dict[str, tuple[int, ...]]]:
         """The context of a profile that fits, with the inputs' shapes set; shapes of the outputs."""
         self.spec.check_shapes({name: array.shape for name, array in inputs.items()})
@@ -179,21 +228,25 @@ class EngineGraph(Graph):
             if inputs[tensor.name].dtype.name != tensor.dtype:
                 raise GraphError(f"expected {tensor}; got dtype {inputs[tensor.name].dtype.name}")
         with self._device.current():
-            context = self._context(self._profile_of(inputs))
-            for name, array in inputs.items():
-                if not context.set_input_shape(name, array.shape):
-                    raise GraphError(f"graph {self.spec.label}: the engine refuses {name} of shape {array.shape}")
-            return context, {name: tuple(context.get_tensor_shape(name)) for name in self.spec.output_names}
+            return self._shaped({name: array.shape for name, array in inputs.items()})
 
-    def _profile_of(self, inputs: Mapping[str, Array]) -> int:
+    def _shaped(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        """The context of a profile that fits, set to inputs of these shapes; shapes of the outputs."""
+        context = self._context(self._profile_of(shapes))
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise GraphError(f"graph {self.spec.label}: the engine refuses {name} of shape {shape}")
+        return context, {name: tuple(context.get_tensor_shape(name)) for name in self.spec.output_names}
+
+    def _profile_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The last profile that fits: decode stands after prefill, and is the faster for one token."""
         for index in range(len(self.record.profiles) - 1, -1, -1):
             ranges = self.record.profiles[index].shapes
-            if all(_within(inputs[name].shape, least, most) for name, (least, _, most) in ranges.items()):
+            if all(_within(shapes[name], least, most) for name, (least, _, most) in ranges.items()):
                 return index
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise GraphError(
-            f"graph {self.spec.label}: expected shapes within a profile of its engine, got {shapes[:300]}; "
+            f"graph {self.spec.label}: expected shapes within a profile of its engine, got {given[:300]}; "
             "build it with wider limits"
         )
 

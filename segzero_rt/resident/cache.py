@@ -105,10 +105,10 @@ class ResidentCache(ABC):
         """
         self._check_room(1)
         if self._step is None:
-            self._step = self._tie(self.embeds)
+            self._step = self._tie(self.embeds, fixed=True)
         self._run(self._step)
 
-    def _tie(self, embeds: DeviceArray) -> _Tied:
+    def _tie(self, embeds: DeviceArray, *, fixed: bool = False) -> _Tied:
         new = embeds.shape[1]
         last_row = rows(self._places, new - 1, new).view((1, 1))
         placing, written = self._placing(new), self._written(new)
@@ -119,7 +119,9 @@ class ResidentCache(ABC):
             **dict(zip(self._names("past"), self._buffers, strict=True)),
         }
         outputs = {"logits": self.logits, **written}
-        return _Tied(new=new, inputs=placing, outputs=written, enqueue=self._graph.enqueuer(inputs, outputs))
+        return _Tied(
+            new=new, inputs=placing, outputs=written, enqueue=self._graph.enqueuer(inputs, outputs, fixed=fixed)
+        )
 
     def _run(self, tied: _Tied) -> None:
         self._prepare(tied)

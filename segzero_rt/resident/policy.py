@@ -141,6 +141,7 @@ class ResidentPolicy:
             self._vision[row] = self.policy.vision.enqueuer(
                 {"patches": self._patches.view((1, *self._patches.shape)), **self._layout},
                 {"image_features": target.view((1, *target.shape))},
+                fixed=True,
             )
         return self._vision[row]
 

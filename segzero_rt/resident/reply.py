@@ -51,7 +51,7 @@ class ResidentReply:
         self._device.fill(self.token_ids)
         self._told = self._device.pinned((max_new_tokens,), "int64")
         self._input = self._device.empty((1, 1), "int64")
-        self._embed = embedding.enqueuer({"input_ids": self._input}, {"inputs_embeds": cache.embeds})
+        self._embed = embedding.enqueuer({"input_ids": self._input}, {"inputs_embeds": cache.embeds}, fixed=True)
         self.finished = False
         """The policy ended the reply by itself."""
         self.steps = 0

@@ -32,7 +32,7 @@ class ResidentEncoder:
         self._pixels = device.empty(encoder.tensor.shape, np.float32)
         shapes = graph.output_shapes({"pixel_values": pixels})
         self.features: Features = {name: device.empty(shape, np.float32) for name, shape in shapes.items()}
-        self._run = graph.enqueuer({"pixel_values": self._pixels.view(pixels)}, self.features)
+        self._run = graph.enqueuer({"pixel_values": self._pixels.view(pixels)}, self.features, fixed=True)
 
     def encode(self, frame: DeviceFrame, ready: Event) -> Event:
         """Enqueues the picture's features, behind a mark of another stream; returns the mark behind them."""
@@ -99,5 +99,5 @@ class ResidentMaskDecoder:
             points_xy=points_xy,
             mask_logits=outputs["mask_logits"],
             iou_scores=outputs["iou_scores"],
-            run=graph.enqueuer(inputs, outputs),
+            run=graph.enqueuer(inputs, outputs, fixed=True),
         )
