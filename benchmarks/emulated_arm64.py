@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,9 @@ ARM64_PACKAGES = ("python3", "libpython3-dev", "libstdc++6", "libgomp1")
 HOST_PACKAGES = ("qemu-user-static", "g++-aarch64-linux-gnu")
 QEMU_NAMES = ("qemu-aarch64-static", "qemu-aarch64")
 """Debian dropped the suffix when all of its builds became static."""
-TEST_PACKAGES = ("pip", "setuptools", "wheel", "pytest", "onnx", "tokenizers")
+TEST_PACKAGES = ("setuptools", "pytest", "onnx", "tokenizers")
 """What builds the project's wheel, and what its runtime's tests use beside the runtime's own requirements."""
-STEP_LIMIT_S = 900
+STEP_LIMIT_S = 1800
 NEEDED_BYTES = 1_500_000_000
 PACKAGED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 """The parts of the checkout that a wheel is made of."""
@@ -74,31 +74,42 @@ class EmulatedArm64:
 
     @property
     def segzero(self) -> Path:
-        """The installed command; `install_project` puts it there."""
+        """The command, once `install_project` has brought the package."""
         return self.folder / "bin/segzero"
 
     def run(
-        self, command: Sequence[str | Path], *, timeout_s: float, **variables: str
+        self,
+        command: Sequence[str | Path],
+        *,
+        timeout_s: float,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command of the folder's `bin` with more environment variables; its output is captured, both kinds."""
-        return subprocess.run(
-            [str(part) for part in command],
-            env={**os.environ, "SEGZERO_CACHE": str(self.folder / "cache"), **variables},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
+        """Runs a program of the machine's `bin` in a folder, with more environment variables; its output is captured.
+
+        Raises:
+            MachineError: it does not end in time.
+        """
+        try:
+            return subprocess.run(
+                [str(part) for part in command],
+                cwd=folder,
+                env={**os.environ, "SEGZERO_CACHE": str(self.folder / "cache"), **(environment or {})},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            shown = " ".join(map(str, command[1:4]))
+            raise MachineError(f"expected `{shown} …` to end on arm64, it did not in {timeout_s:.0f} s") from None
 
     def packages(self) -> dict[str, str]:
         """Versions of what is installed, by name."""
-        found = importlib.metadata.distributions(
-            path=[str(path) for path in self.folder.glob("lib/python*/site-packages")]
-        )
-        return {
-            it.metadata["Name"]: it.version for it in sorted(found, key=lambda it: str(it.metadata["Name"]).lower())
-        }
+        found = importlib.metadata.distributions(path=[str(_site(self.folder))])
+        versions = {it.metadata["Name"]: it.version for it in found}
+        return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
     def install_project(self) -> bool:
         """Builds the checkout's wheel on the emulated machine, kernels included, and installs it unless it is there.
@@ -107,7 +118,7 @@ class EmulatedArm64:
             Whether there was something to do.
 
         Raises:
-            MachineError: pip or the compiler refuses.
+            MachineError: setuptools, the compiler or pip refuses.
         """
         note, digest = self.folder / _INSTALLED, _digest()
         if note.is_file() and note.read_text("utf-8") == digest:
@@ -116,11 +127,13 @@ class EmulatedArm64:
         with tempfile.TemporaryDirectory(prefix="segzero-arm64-") as copy:
             for name in PACKAGED:  # building in the checkout would leave its traces there
                 _copy(REPOSITORY / name, Path(copy) / name)
-            flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--force-reinstall"]
-            command = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--root-user-action=ignore"]
-            done = self.run([*command, *flags, copy], timeout_s=STEP_LIMIT_S)
-        if done.returncode:
-            raise MachineError(f"expected the project to install on arm64, pip says: {_last_lines(done)}")
+            setup: list[str | Path] = [self.python, "setup.py", "-q", "bdist_wheel", "--compression", "stored"]
+            done = self.run(setup, timeout_s=STEP_LIMIT_S, folder=Path(copy))
+            wheels = list(Path(copy).glob("dist/*_aarch64.whl"))
+            if done.returncode or len(wheels) != 1:
+                raise MachineError(f"expected a wheel for arm64, kernels included; setup.py says: {_last_lines(done)}")
+            install = [*_pip(self.folder, ["linux_aarch64"]), "--no-deps", "--upgrade", str(wheels[0])]
+            _do(install, "the wheel to install")
         note.write_text(digest, "utf-8")
         return True
 
@@ -149,11 +162,10 @@ def make_machine(folder: Path, pins: Sequence[str] = ()) -> EmulatedArm64:
     _step("qemu-user and a cross compiler")
     _unpack_packages(folder, "amd64", HOST_PACKAGES, folder / "tools")
     shutil.rmtree(folder / "apt")
-    version = _python_version(folder / "root")
     _write_processor(folder / "root")
-    _write_programs(folder, version)
+    _write_programs(folder, _python_version(folder / "root"))
     _step("wheels for arm64")
-    _install_wheels(folder, version, pins)
+    _install_wheels(folder, pins)
     _step("a first run")
     machine = EmulatedArm64(folder=folder)
     done = machine.run([machine.python, "-c", "import cv2, numpy, onnxruntime, PIL, pytest"], timeout_s=STEP_LIMIT_S)
@@ -265,6 +277,8 @@ def _write_programs(folder: Path, version: str) -> None:
         f'export CC="{folder}/bin/c++" CXX="{folder}/bin/c++"',
         f'exec "{qemu}" -cpu {PROCESSOR} -L "{root}" -0 "{folder}/bin/python" "{root}/usr/bin/python{version}" "$@"',
     )
+    # As the wheel's entry point says; a script of the host's pip would name the host's Python.
+    _write_program(folder / "bin/segzero", f'exec "{folder}/bin/python" -P -m segzero_rt.cli "$@"')
     _write_program(
         folder / "bin/c++",
         f'for part; do shift; [ "$part" = -march=native ] && part=-mcpu={PROCESSOR}; set -- "$@" "$part"; done',
@@ -280,17 +294,24 @@ def _write_program(path: Path, *lines: str) -> None:
     path.chmod(0o755)
 
 
-def _install_wheels(folder: Path, version: str, pins: Sequence[str]) -> None:
+def _site(folder: Path) -> Path:
+    return folder / f"lib/python{_python_version(folder / 'root')}/site-packages"
+
+
+def _pip(folder: Path, tags: Sequence[str]) -> list[str]:
     """The host's pip, told of another platform: unpacking under emulation would take minutes."""
-    site = folder / f"lib/python{version}/site-packages"
+    options = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore", "--no-compile"]
+    place = ["--target", str(_site(folder)), "--python-version", _python_version(folder / "root")]
+    platforms = [part for tag in tags for part in ("--platform", tag)]
+    return [sys.executable, "-m", "pip", "install", *options, *place, "--only-binary=:all:", *platforms]
+
+
+def _install_wheels(folder: Path, pins: Sequence[str]) -> None:
     # Up to the C library of the oldest Debian that has these packages.
-    platforms = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 37))]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    place = ["--target", str(site), "--python-version", version, "--only-binary=:all:", "--root-user-action=ignore"]
-    tags = [part for name in platforms for part in ("--platform", name)]
-    _do([*pip, *place, *tags, *requirements(), *TEST_PACKAGES, *pins], "arm64 wheels from the package index")
+    tags = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 37))]
+    _do([*_pip(folder, tags), *requirements(), *TEST_PACKAGES, *pins], "arm64 wheels from the package index")
     # Behind the installed package: tests use the checkout's other folders, never its `segzero_rt`.
-    (site / "checkout.pth").write_text(f"{REPOSITORY}\n", "utf-8")
+    (_site(folder) / "checkout.pth").write_text(f"{REPOSITORY}\n", "utf-8")
 
 
 def _do(command: Sequence[str], what: str) -> None:

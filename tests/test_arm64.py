@@ -53,7 +53,7 @@ def machine() -> EmulatedArm64:
 def test_the_wheel_brings_its_kernels_compiled_for_arm64(machine: EmulatedArm64) -> None:
     seen = facts(machine)
     assert seen["environment"]["architecture"] == "aarch64"
-    assert "aarch64-linux-gnu.so (installed)" in seen["kernels"] and str(FOLDER.resolve()) in seen["kernels"]
+    assert seen["kernels"].startswith("lib/python") and seen["kernels"].endswith("-aarch64-linux-gnu.so (installed)")
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_question_gets_the_answer_of_x86(machine: EmulatedArm64) -> None:
 @pytest.mark.slow
 def test_without_compiled_kernels_the_masks_are_the_same(machine: EmulatedArm64) -> None:
     compiled = segment(machine.segzero, machine)
-    reference = segment(machine.segzero, machine, SEGZERO_KERNELS="reference")
+    reference = segment(machine.segzero, machine, kernels="reference")
     assert compiled["objects"] == reference["objects"]
     alike = likeness(segment(SEGZERO), compiled)
     assert alike["objects"] == [1, 1] and alike["mask_iou"] >= MIN_MASK_IOU, alike
