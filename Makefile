@@ -26,7 +26,7 @@ test: .venv-test/stamp .venv-py310/stamp .venv-sam2/stamp .venv-arm64/finished l
 test-fast: .venv-test/stamp lint
 	.venv-test/bin/python -m pytest $(PYTEST_ARGS)
 
-# All tests of the runtime that need no PyTorch, on Debian arm64 under qemu-user: ten minutes on an idle machine.
+# All tests of the runtime that need no PyTorch, on Debian arm64 under qemu-user.
 test-arm64: .venv-test/stamp .venv-arm64/finished
 	.venv-test/bin/python -m benchmarks.arm64_tests .venv-arm64
 

@@ -7,7 +7,7 @@ machine's package lists stay as they are. The folder is a virtual environment to
 starts the arm64 Python under qemu, so that what Python starts as `sys.executable` is emulated as well, without
 binfmt_misc. Compiling is done by a cross compiler: a program of the host, which an emulated process can start too.
 
-About 250 MB of downloads and 0.8 GB of disk, once; a folder that is finished is left as it is.
+About 300 MB of downloads and 0.7 GB of disk, once; a folder that is finished is left as it is.
 """
 
 from __future__ import annotations
