@@ -143,6 +143,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     packs.add_argument("--piece-bytes", type=int, default=MAX_PIECE_BYTES, help="most bytes of one piece and load")
     packs.add_argument("--transfer-bytes", type=int, default=64 << 20, help="what a call carries, checkout included")
     packs.add_argument("--add", action="append", default=[], metavar="NAME", help="another wheel; repeatable")
+    packs.add_argument("--add-source", action="append", default=[], metavar="NAME", help="another source package")
     packs.add_argument("--bundle", type=Path, help="a bundle of portable graphs, for engines and the CUDA provider")
     packs.add_argument("--file", type=Path, action="append", default=[], help="another file to carry; repeatable")
     packs.add_argument("--wheels", type=Path, help="folder of files that were downloaded before; nothing is fetched")

@@ -56,7 +56,7 @@ def pack(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
             with Progress(2, "downloads") as progress:
                 download((*WHEELS, *options.add), folder, python=options.python, source=False)
                 progress.step("wheels")
-                download(SOURCES, folder, python=options.python, source=True)
+                download((*SOURCES, *options.add_source), folder, python=options.python, source=True)
                 progress.step("sources")
         files = sorted(path for path in (options.wheels or folder).iterdir() if path.is_file())
         files += [*options.file, *([REAL] if REAL.is_file() else [])]

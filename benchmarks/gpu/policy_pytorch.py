@@ -43,13 +43,16 @@ class TorchDecoder:
         self._length = 0
 
     def start(self) -> None:
-        """An empty cache."""
+        """An empty cache; a static one stays where it is, since captured graphs hold its address."""
         from transformers import DynamicCache, StaticCache
 
         config = self._text.config
-        self._cache = (
-            StaticCache(config=config, max_cache_len=self._task.max_length) if self._static else DynamicCache()
-        )
+        if self._static and self._cache is not None:
+            self._cache.reset()
+        elif self._static:
+            self._cache = StaticCache(config=config, max_cache_len=self._task.max_length)
+        else:
+            self._cache = DynamicCache()
         self._length = 0
 
     def read(self, embeds: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,7 @@ def _decode(model: Any, features: dict[str, torch.Tensor]) -> torch.Tensor:
     """The three masks of each box, [1, objects, 3, h, w]."""
     maps = [features[name] for name in FEATURES]
     points, _ = _prompts(4 * maps[0].shape[-1])
-    boxes = points[:, :, :2].reshape(1, OBJECTS, 4).to(maps[0])
+    boxes = points[:, :, :2].reshape(1, OBJECTS, 4).to(maps[0].device)
     found: torch.Tensor = model(image_embeddings=maps, input_boxes=boxes, multimask_output=True).pred_masks
     return found
 

@@ -144,6 +144,15 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
     Stage(
+        name="questions",
+        what="questions from frame to masks on the device: host waits per token and per question, time",
+        carried=(_PYCUDA, _RUNTIME, "bundle"),
+        steps=(
+            Step(name="cuda", function="resident:questions:cuda", minutes=0.5),
+            Step(name="cuda replayed", function="resident:questions:cuda:replay", minutes=0.5),
+        ),
+    ),
+    Stage(
         name="segmenter",
         what="SAM 2.1 large: PyTorch eager and compiled beside ONNX Runtime",
         carried=(_RUNTIME,),
@@ -165,7 +174,9 @@ STAGES: tuple[Stage, ...] = (
             Step(name="cuda", function="shipped:measure:cuda", minutes=1.5),
             Step(name="engines", function="build:engines", minutes=4),
             Step(name="tensorrt", function="shipped:measure:tensorrt", minutes=1.5),
+            Step(name="tensorrt, resident", function="resident:questions:tensorrt", minutes=0.5),
             Step(name="tensorrt-rtx", function="shipped:measure:tensorrt-rtx", minutes=1.5),
+            Step(name="tensorrt-rtx, resident", function="resident:questions:tensorrt-rtx", minutes=0.5),
         ),
     ),
     _policy("policy-7b", "qwen2.5-vl-7b", 4, 1.5),
