@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.errors import GpuCheckError
-from benchmarks.gpu.machine import check_device, machine_card
+from benchmarks.gpu.machine import carried_packages, check_device, machine_card
 from benchmarks.gpu.packing import PACKED_PYTHON, pack
 from benchmarks.gpu.pieces import MAX_PIECE_BYTES, missing, read_contents, receive
 from benchmarks.gpu.results import write_result
@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     paths: dict[str, str] = {}
 
     def write(stage: Any, outcomes: dict[str, Any]) -> None:
-        paths[stage.name] = str(write_result(stage, outcomes, card, out, context.size, options.commit))
+        whole = {**card, "carried_packages": carried_packages(context)}
+        paths[stage.name] = str(write_result(stage, outcomes, whole, out, context.size, options.commit))
 
     budget = Budget(seconds=60 * options.minutes)
     outcomes = run_stages(stages, context, budget, write=write, tell=tell, again=options.again)

@@ -54,7 +54,9 @@ def test_what_was_carried_is_installed_apart(tmp_path: Path, capsys: pytest.Capt
     assert (work / "site" / "segzero_carried_probe.py").is_file()
     assert (work / "data" / "replies.jsonl.gz").read_bytes() == b"not a package"
     (path,) = document["results"].values()
-    assert json.loads(Path(path).read_text())["steps"]["packages"]["status"] == "done"
+    result = json.loads(Path(path).read_text())
+    assert result["steps"]["packages"]["status"] == "done"
+    assert result["environment"]["carried_packages"] == {"segzero_carried_probe": "1.0"}
 
 
 def test_a_wheel_for_another_python_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -87,6 +88,12 @@ def machine_card(context: Context) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return card
+
+
+def carried_packages(context: Context) -> dict[str, str]:
+    """Versions of what was carried and installed: steps use these before the machine's own."""
+    found = importlib.metadata.distributions(path=[str(context.site)])
+    return dict(sorted((one.metadata["Name"], one.version) for one in found))
 
 
 def library_folders() -> list[Path]:
