@@ -9,7 +9,6 @@
 
 constexpr bool kInTurn = false, kTogether = true;
 
-HOST_LAUNCH(join_tokens_kernel, kTogether)
 HOST_LAUNCH(place_prompts_kernel, kInTurn)
 HOST_LAUNCH(choose_masks_kernel, kInTurn)
 HOST_LAUNCH(find_tags_kernel, kTogether)

@@ -59,7 +59,7 @@ def test_engines_answer_from_frame_to_masks_on_the_device(bundle: Bundle) -> Non
         found = resident.ask(look, question, to_host=True)
         assert found.answer == expected.answer
         np.testing.assert_array_equal(found.host_masks, expected.masks)
-        assert found.host_waits == 1
+        assert found.host_waits <= 2, "one, and one for the last token of a budget"
 
 
 @pytest.fixture

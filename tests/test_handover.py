@@ -12,16 +12,12 @@ from segzero_rt.answer import Prompt
 from segzero_rt.answer_format import FORMATS
 from segzero_rt.answer_geometry import MAX_POINTS
 from segzero_rt.kernels.device_kernels import DeviceKernels
-from segzero_rt.kernels.handover import choose_masks, join_tokens, labels_of, place_prompts
-from segzero_rt.kernels.handover_device import enqueue_choose_masks, enqueue_join_tokens, enqueue_place_prompts
+from segzero_rt.kernels.handover import choose_masks, labels_of, place_prompts
+from segzero_rt.kernels.handover_device import enqueue_choose_masks, enqueue_place_prompts
 from segzero_rt.kernels.parse_prompts_device import PROMPT, REPLY
 from segzero_rt.segmenter import choose_masks as choose_on_host
 from segzero_rt.segmenter import points_of
 from segzero_rt.segmenter_prompt import SegmenterPrompt
-
-PIECES = [b"", b"a", b"bc", "ä".encode(), b"\xff", b"<answer>", b"x" * 300]
-OFFSETS = np.cumsum([0, *map(len, PIECES)], dtype=np.int32)
-BYTES = np.frombuffer(b"".join(PIECES), np.uint8)
 
 
 @pytest.fixture(scope="module", params=DEVICE_BUILDS)
@@ -29,42 +25,6 @@ def kernels(request: pytest.FixtureRequest) -> DeviceKernels:
     found = kernel_build(request.param).device
     assert found is not None
     return found
-
-
-REPLIES = [
-    ("no token", []),
-    ("one", [1]),
-    ("special tokens alone", [0, 0, 0]),
-    ("broken characters", [3, 4, 4, 3]),
-    ("long pieces", [6, 1, 6]),
-    ("more than threads", [*range(7)] * 91),
-    ("exactly as many as threads", [2] * 256),
-]
-
-
-@pytest.mark.parametrize(("name", "tokens"), REPLIES, ids=[name for name, _ in REPLIES])
-def test_tokens_become_their_bytes(name: str, tokens: list[int], kernels: DeviceKernels) -> None:
-    device, expected = kernels.device, b"".join(PIECES[token] for token in tokens)
-    token_ids = np.array(tokens, np.int64)
-    assert join_tokens(token_ids, OFFSETS, BYTES).tobytes() == expected
-    for capacity in (len(expected) + 3, max(1, len(expected) // 2)):
-        text, end = device.empty((capacity,), np.uint8), device.empty((1,), np.int64)
-        enqueue_join_tokens(
-            kernels,
-            device.to_device(token_ids),
-            device.to_device(OFFSETS),
-            device.to_device(BYTES),
-            text=text,
-            end=end,
-        )
-        found, (length,) = device.to_host(text, end)
-        assert found[:length].tobytes() == expected[:capacity]
-
-
-@pytest.mark.parametrize("token_id", [-1, len(PIECES), 1 << 40])
-def test_a_token_of_another_vocabulary_is_refused(token_id: int) -> None:
-    with pytest.raises(ValueError, match=f"expected tokens below {len(PIECES)}"):
-        join_tokens(np.array([1, token_id]), OFFSETS, BYTES)
 
 
 def packed(prompts: list[Prompt], num_rows: int) -> tuple[np.ndarray, np.ndarray]:

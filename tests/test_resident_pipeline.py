@@ -7,6 +7,7 @@ Runtime's on the CPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class Twins:
         assert policy.chat.text(token_ids) == text
 
         def tokens(*_: Any, **__: Any) -> Iterator[int]:
-            reply.num_tokens, reply.finished, reply.steps = 0, False, 0
-            self.resident.staging.upload(np.array(token_ids, np.int64), reply.token_ids)
+            reply.num_tokens, reply.finished, reply.steps, reply.waits = 0, False, 0, 0
+            self.resident.staging.upload(np.array(token_ids, np.int32), reply.token_ids)
             for token_id in token_ids:
                 reply.num_tokens += 1
                 yield token_id
@@ -150,6 +151,19 @@ def test_masks_may_stay_where_they_are(tiny: Twins, monkeypatch: pytest.MonkeyPa
     again = tiny.resident.ask(look, "anything", to_host=True)
     (brought,) = tiny.device.to_host(found.masks)
     np.testing.assert_array_equal(brought.astype(np.bool_), again.host_masks)
+
+
+def test_it_is_called_as_the_host_s_pipeline_is(tiny: Twins) -> None:
+    picture = picture_of(7)
+    found, expected = tiny.resident(picture, "the red cup"), tiny.host(picture, "the red cup")
+    assert found.answer == expected.answer
+    np.testing.assert_array_equal(found.masks, expected.masks)
+    np.testing.assert_array_equal(found.boxes_xyxy, expected.boxes_xyxy)
+    assert found.decode_counts["host_waits"] <= MOST_WAITS
+    assert found.to_json()["size_hw"] == [61, 93]
+    with pytest.raises(ValueError, match="ask with to_host=True"):
+        kept = tiny.resident.ask(tiny.look(picture), "the red cup")
+        replace(kept, host_masks=None).on_host()
 
 
 def test_a_reply_is_told_and_can_be_stopped(tiny: Twins) -> None:

@@ -112,6 +112,8 @@ def test_every_flavour_says_the_same_at_any_budget(
         assert twins.answer(frame, "the red cup", max_new_tokens=budget) == expected.token_ids, budget
         assert (twins.resident.reply.finished, twins.resident.reply.steps) == (expected.finished, expected.counts.runs)
         assert twins.device.num_host_waits == waits
+        # A token's wait is the reply's last at most, where the budget ended it: it does not grow with the tokens.
+        assert twins.resident.reply.waits >= (twins.resident.reply.num_tokens == budget)
 
 
 @pytest.mark.parametrize("constrained", [False, True], ids=["free", "constrained"])

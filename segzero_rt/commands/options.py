@@ -7,9 +7,11 @@ import math
 from typing import TYPE_CHECKING
 
 from segzero_rt.answer_format import FORMATS
+from segzero_rt.errors import BackendError
 
 if TYPE_CHECKING:  # the pipeline pulls in numpy and a backend: only when a command runs
     from segzero_rt.pipeline import SegZero
+    from segzero_rt.resident.pipeline import ResidentSegZero
 
 
 def add_bundle_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +62,35 @@ def load_pipeline(arguments: argparse.Namespace) -> SegZero:
         allow_ungated=arguments.allow_ungated,
         draft_tokens=getattr(arguments, "draft_tokens", None),  # `segment` has no policy to ask
         constrained=getattr(arguments, "constrained", False),
+    )
+
+
+def add_resident_option(parser: argparse.ArgumentParser) -> None:
+    """`--resident`."""
+    parser.add_argument(
+        "--resident",
+        action="store_true",
+        help="on a CUDA device, from the picture to the masks, with one wait of the host (--backend cuda by default)",
+    )
+
+
+def load_any_pipeline(arguments: argparse.Namespace) -> SegZero | ResidentSegZero:
+    """`SegZero`, or with `--resident` what answers in its place.
+
+    Raises:
+        BackendError: an option that such a pipeline does not take.
+    """
+    if not arguments.resident:
+        return load_pipeline(arguments)
+    if arguments.threads is not None or arguments.draft_tokens:
+        raise BackendError("expected neither --threads nor --draft-tokens with --resident; leave them out")
+    from segzero_rt.resident.load import load_resident
+
+    return load_resident(
+        arguments.bundle,
+        backend="cuda" if arguments.backend == "auto" else arguments.backend,
+        allow_ungated=arguments.allow_ungated,
+        constrained=arguments.constrained,
     )
 
 

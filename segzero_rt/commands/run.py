@@ -6,7 +6,13 @@ import argparse
 import sys
 
 from segzero_rt.answer import Answer, AnswerStatus
-from segzero_rt.commands.options import add_bundle_options, add_output_options, add_policy_options, load_pipeline
+from segzero_rt.commands.options import (
+    add_bundle_options,
+    add_output_options,
+    add_policy_options,
+    add_resident_option,
+    load_any_pipeline,
+)
 from segzero_rt.commands.output import (
     ThinkingStream,
     check_output_path,
@@ -31,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_output_options(parser)
     add_policy_options(parser)
     add_bundle_options(parser)
+    add_resident_option(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -38,7 +45,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     check_output_path(arguments.out, arguments.image)
     image_rgb = load_image(arguments.image)
-    pipeline = load_pipeline(arguments)
+    pipeline = load_any_pipeline(arguments)
     stream = ThinkingStream() if sys.stderr.isatty() and not arguments.json else None
     try:
         segmentation = pipeline(

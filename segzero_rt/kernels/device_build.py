@@ -20,7 +20,7 @@ NVCC_VARIABLE = "NVCC"
 TOOLKIT_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 _TOOLKIT = Path("/usr/local/cuda")
 DEVICE_SOURCES: dict[str, tuple[str, ...]] = {
-    "handover.cu": ("join_tokens_kernel", "place_prompts_kernel", "choose_masks_kernel"),
+    "handover.cu": ("place_prompts_kernel", "choose_masks_kernel"),
     "parse_prompts.cu": (
         "find_tags_kernel",
         "parse_prompts_kernel",

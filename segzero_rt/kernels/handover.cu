@@ -1,12 +1,10 @@
-// handover: tokens to bytes, prompts to a mask decoder's points, the best of its masks. The contracts and their
-// reference stand in handover.py. All of it is small: what counts is that the host is not asked.
+// handover: prompts to a mask decoder's points, and the best of its masks. The contracts and their reference stand in
+// handover.py. All of it is small: what counts is that the host is not asked.
 #include "answer_objects.cuh"
 
 namespace segzero {
 
 #ifdef __CUDACC__
-
-constexpr u32 kJoinThreads = 256;  // of the one block
 
 // What is said of a reply, as parse_prompts.cu writes it (`REPLY` of parse_prompts_device.py).
 struct ReplyHead {
@@ -14,26 +12,6 @@ struct ReplyHead {
     Span thinking;
     u32 num_objects, num_prompts;
 };
-
-// The bytes of `count` tokens of one reply, and where they end; no more than `capacity` are written.
-extern "C" __global__ void join_tokens_kernel(const i64* token_ids, i32 count, const i32* token_offsets,
-                                              const u8* token_bytes, u8* text, i64 capacity, i64* end) {
-    __shared__ i64 sums[kJoinThreads];
-    const i32 stretch = (count + i32(blockDim.x) - 1) / i32(blockDim.x), begin = stretch * i32(threadIdx.x);
-    const i32 limit = begin + stretch < count ? begin + stretch : count;
-    i64 own = 0;
-    for (i32 i = begin; i < limit; ++i) own += token_offsets[token_ids[i] + 1] - token_offsets[token_ids[i]];
-    sums[threadIdx.x] = own;
-    __syncthreads();
-    i64 at = 0;
-    for (u32 i = 0; i < threadIdx.x; ++i) at += sums[i];
-    for (i32 i = begin; i < limit; ++i) {
-        for (i32 k = token_offsets[token_ids[i]]; k < token_offsets[token_ids[i] + 1]; ++k, ++at) {
-            if (at < capacity) text[at] = token_bytes[k];
-        }
-    }
-    if (threadIdx.x == blockDim.x - 1) *end = at < capacity ? at : capacity;
-}
 
 struct Placing {
     i32 rows, num_points;

@@ -2,8 +2,6 @@
 
 **Contracts**, the same numbers in every build:
 
-* *join_tokens*: the bytes of a reply's tokens one after another, in a vocabulary's table (`GrammarTable`'s offsets and
-  bytes); special tokens have none.
 * *place_prompts*: a parsed reply's prompts to what a mask decoder takes. Row k has prompt k's box as two labelled
   corners, its points and the filler, in the order of `SegmenterPrompt`; coordinates times the input's over the source's
   size in float64, rounded once to float32. A row beyond the prompts is the whole picture with points in its middle, so
@@ -27,21 +25,6 @@ from segzero_rt.graph_spec_segmenter import LABEL_BOTTOM_RIGHT, LABEL_INSIDE, LA
 def labels_of(num_points: int) -> tuple[int, ...]:
     """Labels of a row of `place_prompts`: a box, points on the object, the filler."""
     return (LABEL_TOP_LEFT, LABEL_BOTTOM_RIGHT, *[LABEL_INSIDE] * num_points, LABEL_NOTHING)
-
-
-def join_tokens(
-    token_ids: NDArray[np.int64], token_offsets: NDArray[np.int32], token_bytes: NDArray[np.uint8]
-) -> NDArray[np.uint8]:
-    """The bytes of tokens int64 [n], in order.
-
-    Raises:
-        ValueError: a number that is none of the vocabulary's.
-    """
-    vocab_size = len(token_offsets) - 1
-    if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-        raise ValueError(f"expected tokens below {vocab_size}, got {token_ids.min()} to {token_ids.max()}")
-    spans = [token_bytes[token_offsets[token] : token_offsets[token + 1]] for token in token_ids]
-    return np.concatenate([np.zeros(0, np.uint8), *spans])
 
 
 def place_prompts(

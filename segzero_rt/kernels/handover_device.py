@@ -22,41 +22,6 @@ class _Placing(ctypes.Structure):
     )
 
 
-def enqueue_join_tokens(
-    kernels: DeviceKernels,
-    token_ids: DeviceArray,
-    token_offsets: DeviceArray,
-    token_bytes: DeviceArray,
-    *,
-    text: DeviceArray,
-    end: DeviceArray,
-) -> None:
-    """Enqueues writing the bytes of a reply's tokens.
-
-    Args:
-        token_ids: int64 [n], of the vocabulary.
-        token_offsets: int32 [V + 1].
-        token_bytes: uint8.
-        text: uint8, written from its beginning; what finds no room is left out.
-        end: int64 [1], becomes the number of bytes.
-
-    Raises:
-        ValueError: another dtype or shape.
-    """
-    kernels.launch(
-        "join_tokens_kernel",
-        (1,),
-        (THREADS,),
-        token_ids.expect("token_ids", token_ids.shape[:1], np.int64),
-        ctypes.c_int32(len(token_ids)),
-        token_offsets.expect("token_offsets", token_offsets.shape[:1], np.int32),
-        token_bytes.expect("token_bytes", token_bytes.shape[:1], np.uint8),
-        text.expect("text", text.shape[:1], np.uint8),
-        ctypes.c_int64(len(text)),
-        end.expect("end", (1,), np.int64),
-    )
-
-
 def enqueue_place_prompts(
     kernels: DeviceKernels,
     reply: DeviceArray,

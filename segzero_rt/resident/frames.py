@@ -9,20 +9,22 @@ import numpy as np
 
 from segzero_rt.device import DeviceArray
 from segzero_rt.errors import ImageError
-from segzero_rt.image import ImageLike, as_image, check_size
+from segzero_rt.image import as_image, check_size
 from segzero_rt.kernels.preprocess_device import DeviceFrame
 from segzero_rt.resident.arrays import Staging
+from segzero_rt.resident.dlpack import CUDA, interface_of
 
 _INTERFACE = "__cuda_array_interface__"
 
 
-def as_frame(image: ImageLike | Any, staging: Staging) -> DeviceFrame:
+def as_frame(image: Any, staging: Staging) -> DeviceFrame:
     """A picture for the resident pipeline.
 
     Args:
         image: what `as_image` takes; or an array of another library on the same device, uint8 [H, W, 3] RGB by its
-            `__cuda_array_interface__`, whose rows may lie any distance apart. That is not copied: it has to be ready,
-            and to stay as it is until the question is answered.
+            `__cuda_array_interface__` or DLPack, whose rows may lie any distance apart. That is not copied, and has to
+            stay as it is until the question is answered. By DLPack the other library makes it ready for the stream; by
+            the interface it has to be ready.
 
     Raises:
         ImageError: another layout, or a picture that cannot be read.
@@ -30,6 +32,11 @@ def as_frame(image: ImageLike | Any, staging: Staging) -> DeviceFrame:
     interface = getattr(image, _INTERFACE, None)
     if interface is not None:
         return _borrowed(image, interface)
+    if hasattr(image, "__dlpack_device__") and not isinstance(image, np.ndarray):
+        if image.__dlpack_device__()[0] == CUDA:
+            lent = interface_of(image, staging.device.stream_handle)
+            return _borrowed(lent["owner"], lent)
+        image = np.from_dlpack(image)
     pixels = as_image(image)
     height, width = pixels.shape[:2]
     plane = staging.to_device(np.ascontiguousarray(pixels).reshape(-1))

@@ -25,6 +25,7 @@ from segzero_rt.answer_format import ANSWER_OPEN, AnswerFormat
 from segzero_rt.answer_parser import parse_answer
 from segzero_rt.chat import TextStream
 from segzero_rt.device import DeviceArray, Event
+from segzero_rt.image import ImageLike
 from segzero_rt.kernels.device_kernels import DeviceKernels
 from segzero_rt.kernels.handover import labels_of
 from segzero_rt.kernels.handover_device import enqueue_place_prompts
@@ -34,9 +35,12 @@ from segzero_rt.kernels.preprocess_device import DeviceFrame
 from segzero_rt.pipeline import as_format, check_question
 from segzero_rt.policy import Policy, tell
 from segzero_rt.resident.arrays import Staging, rows
+from segzero_rt.resident.dlpack import SharedArray
+from segzero_rt.resident.frames import as_frame
 from segzero_rt.resident.policy import ResidentPolicy, ResidentView
 from segzero_rt.resident.reading import SLOTS, ReplyReader
 from segzero_rt.resident.segmenter import ResidentEncoder, ResidentMaskDecoder
+from segzero_rt.segmentation import Segmentation
 from segzero_rt.segmenter import ImageEncoder, MaskDecoder, points_of, prompt_groups
 from segzero_rt.segmenter_prompt import SegmenterPrompt
 
@@ -45,18 +49,24 @@ from segzero_rt.segmenter_prompt import SegmenterPrompt
 class ResidentLook:
     """A picture that was looked at; it serves until the next look."""
 
-    size_hw: tuple[int, int]
+    frame: DeviceFrame
+    """Kept with its memory for as long as a stream may read it."""
     view: ResidentView
     encoded: Event
     """Behind the features in their stream."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.frame.size_hw
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ResidentSegmentation:
     """An answer with its masks where they were made."""
 
-    masks: DeviceArray
-    """uint8 [N, H, W] of zeros and ones, in the source picture's size."""
+    masks: SharedArray
+    """uint8 [N, H, W] of zeros and ones, in the source picture's size; others take it by DLPack or by its
+    `__cuda_array_interface__`."""
     host_masks: NDArray[np.bool_] | None
     """The same on the host, bool; None where they were not asked for."""
     scores: NDArray[np.float32]
@@ -68,6 +78,24 @@ class ResidentSegmentation:
     """`tokens` of the reply, `runs` of the decoder; `pauses` of the host, which cost the device nothing."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     """On the host's clock: "decode" until the reply's end was known, "masks" from there, "total"."""
+
+    def on_host(self) -> Segmentation:
+        """The same as `SegZero` gives it.
+
+        Raises:
+            ValueError: the masks were not asked for on the host.
+        """
+        if self.host_masks is None:
+            raise ValueError("expected masks on the host, got none; ask with to_host=True")
+        boxes = np.array([prompt.box_xyxy for prompt in self.answer.prompts], np.float32).reshape(-1, 4)
+        return Segmentation(
+            masks=self.host_masks,
+            scores=self.scores,
+            boxes_xyxy=boxes,
+            answer=self.answer,
+            timings_ms=self.timings_ms,
+            decode_counts={**self.decode_counts, "host_waits": self.host_waits},
+        )
 
 
 class ResidentSegZero:
@@ -93,11 +121,40 @@ class ResidentSegZero:
         self.policy, self._kernels = policy, kernels
         self._device, self._encoder_device = kernels.device, encoder_kernels.device
         self.staging = Staging(self._device)
+        """For frames, see `as_frame`."""
         self._resident = ResidentPolicy(policy, kernels)
         self._encoder = ResidentEncoder(encoder, encoder_kernels)
         self._decoder = ResidentMaskDecoder(decoder, self.staging, kernels, self._encoder.features)
+        self._latest: ResidentLook | None = None
         self._landings: dict[str, NDArray[Any]] = {}
         self._reader = ReplyReader(self.staging, kernels, policy)
+
+    def __call__(
+        self,
+        image: ImageLike,
+        question: str,
+        *,
+        answer_format: AnswerFormat | str | None = None,
+        max_new_tokens: int | None = None,
+        on_token: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Segmentation:
+        """Answers one question about one picture, as `SegZero` does; arguments and errors as there.
+
+        The picture may also be another library's array on the device, see `as_frame`.
+        """
+        check_question(question)
+        self.policy.question_tokens(question, as_format(answer_format))  # before a look at the picture
+        look = self.look(as_frame(image, self.staging), ahead=False)
+        return self.ask(
+            look,
+            question,
+            answer_format=answer_format,
+            max_new_tokens=max_new_tokens,
+            on_token=on_token,
+            cancelled=cancelled,
+            to_host=True,
+        ).on_host()
 
     @property
     def num_host_waits(self) -> int:
@@ -106,9 +163,14 @@ class ResidentSegZero:
 
     def look(self, frame: DeviceFrame, *, ahead: bool = True) -> ResidentLook:
         """Enqueues all that can be done before there is a question; `ahead` as in `Policy.look`."""
-        # The features of the picture before must have been read when they are written over.
+        if self._latest is not None:
+            # Its frame's memory may serve again in this stream, once the other has read it.
+            self._device.wait_for(self._latest.encoded)
+        # And the other stream writes its features anew, once this one has read them.
         encoded = self._encoder.encode(frame, self._device.record())
-        return ResidentLook(size_hw=frame.size_hw, view=self._resident.look(frame, ahead=ahead), encoded=encoded)
+        look = ResidentLook(frame=frame, view=self._resident.look(frame, ahead=ahead), encoded=encoded)
+        self._latest = look
+        return look
 
     def ask(
         self,
@@ -139,7 +201,7 @@ class ResidentSegZero:
         reply, ended = self._resident.reply, time.perf_counter()
         return replace(
             found,
-            host_waits=self.num_host_waits - waits,
+            host_waits=self.num_host_waits - waits + reply.waits,
             decode_counts={"tokens": reply.num_tokens, "runs": reply.steps, "pauses": reply.pauses},
             timings_ms={
                 "decode": (decoded - begun) * 1e3,
@@ -177,7 +239,7 @@ class ResidentSegZero:
 
     def _none(self, answer: Answer, size_hw: tuple[int, int]) -> ResidentSegmentation:
         return ResidentSegmentation(
-            masks=self._device.empty((0, *size_hw), np.uint8),
+            masks=SharedArray(self._device.empty((0, *size_hw), np.uint8)),
             host_masks=np.zeros((0, *size_hw), np.bool_),
             scores=np.zeros(0, np.float32),
             answer=answer,
@@ -187,7 +249,9 @@ class ResidentSegZero:
         self, text: str, said: tuple[int, ...], form: AnswerFormat, look: ResidentLook, to_host: bool
     ) -> ResidentSegmentation:
         reply, labels = self._resident.reply, labels_of(form.max_points)
-        parser = self._reader.enqueue(form, reply.said, reply.finished, look.size_hw)
+        parser = self._reader.enqueue(
+            form, reply.token_ids, reply.num_tokens, finished=reply.finished, source_size_hw=look.size_hw
+        )
         self._device.wait_for(look.encoded)
         expected = _objects_in(text)
         masks, scores = self._placed_masks(parser, expected, labels, look.size_hw)
@@ -284,7 +348,7 @@ def _objects_in(text: str) -> int:
 def _brought(answer: Answer, masks: DeviceArray, brought: _Brought) -> ResidentSegmentation:
     count = len(answer.prompts)
     return ResidentSegmentation(
-        masks=masks,
+        masks=SharedArray(masks),
         host_masks=None if brought.masks is None else np.array(brought.masks[:count], np.bool_),
         scores=np.array(brought.scores[:count]),
         answer=answer,

@@ -12,9 +12,9 @@ from segzero_rt.answer import Answer, Prompt
 from segzero_rt.answer_format import AnswerFormat
 from segzero_rt.device import DeviceArray
 from segzero_rt.kernels.device_kernels import DeviceKernels
-from segzero_rt.kernels.handover_device import enqueue_join_tokens
 from segzero_rt.kernels.parse_prompts import STATUSES
 from segzero_rt.kernels.parse_prompts_device import NO_ROOM, PROMPT, REPLY, DeviceParser
+from segzero_rt.kernels.reply_text_device import DeviceSpeller
 from segzero_rt.policy import Policy
 from segzero_rt.resident.arrays import Staging, rows
 
@@ -47,39 +47,44 @@ class ReplyReader:
 
     def __init__(self, staging: Staging, kernels: DeviceKernels, policy: Policy) -> None:
         self._device, self._staging, self._kernels, self._policy = staging.device, staging, kernels, policy
-        pieces = [piece or b"" for piece in policy.chat.token_bytes()]
-        pieces += [b""] * (policy.manifest.vocab_size - len(pieces))
-        self._pieces = pieces
-        device = self._device
-        self._offsets = device.to_device(np.cumsum([0, *map(len, pieces)], dtype=np.int32))
-        self._bytes = device.to_device(np.frombuffer(b"".join(pieces), np.uint8))
-        self._text = device.empty((policy.manifest.max_length * max(map(len, pieces)),), np.uint8)
-        self._begin, self._end = device.to_device(np.zeros(1, np.int64)), device.empty((1,), np.int64)
+        tokens = policy.chat.token_bytes()
+        tokens += [None] * (policy.manifest.vocab_size - len(tokens))
+        self._tokens, device, most = tokens, staging.device, policy.manifest.max_length
+        self._speller = DeviceSpeller(kernels, tokens, max_replies=1, max_tokens=most)
+        self._counts = device.to_device(np.arange(most + 1, dtype=np.int32))
         self._flags = device.to_device(np.arange(2, dtype=np.uint8))
         self._head, self._prompts = device.pinned((1,), REPLY), device.pinned((SLOTS,), PROMPT)
         self._parsers: dict[AnswerFormat, DeviceParser] = {}
         self._parser(policy.default_format)  # now, not within the first question
 
     def enqueue(
-        self, answer_format: AnswerFormat, token_ids: DeviceArray, finished: bool, source_size_hw: tuple[int, int]
+        self,
+        answer_format: AnswerFormat,
+        token_ids: DeviceArray,
+        num_tokens: int,
+        *,
+        finished: bool,
+        source_size_hw: tuple[int, int],
     ) -> DeviceParser:
         """Enqueues reading a reply.
 
         Args:
-            token_ids: int64 [n], without the one that ended it.
+            token_ids: int32 [max_length], the reply's first.
+            num_tokens: of the reply, without the one that ended it.
             finished: whether the policy ended it.
             source_size_hw: of the picture.
 
         Returns:
             What has the reply's `replies` and `prompts`.
         """
-        enqueue_join_tokens(self._kernels, token_ids, self._offsets, self._bytes, text=self._text, end=self._end)
+        counts = rows(self._counts, num_tokens, num_tokens + 1)
+        self._speller.enqueue(token_ids.view((1, len(token_ids))), counts)
         parser = self._parser(answer_format)
         sizes = np.array([[*self._policy.manifest.answer_size_hw, *source_size_hw]], np.int32)
         parser.enqueue(
-            self._text,
-            self._begin,
-            self._end,
+            self._speller.text,
+            self._speller.begins,
+            self._speller.ends,
             self._staging.to_device(sizes),
             rows(self._flags, int(finished), int(finished) + 1),
         )
@@ -89,7 +94,7 @@ class ReplyReader:
         """Enqueues bringing what was read to the host, which knows the tokens already."""
         self._device.download(parser.replies.view((1,)), self._head)
         self._device.download(parser.prompts.view((SLOTS,)), self._prompts)
-        reply = b"".join(self._pieces[token_id] for token_id in token_ids)
+        reply = b"".join(self._tokens[token_id] or b"" for token_id in token_ids)
         return DeviceReading(head=self._head, prompts=self._prompts, reply=reply)
 
     def _parser(self, answer_format: AnswerFormat) -> DeviceParser:

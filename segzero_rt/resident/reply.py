@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from segzero_rt.device import DeviceArray, Event
+from segzero_rt.device import Event
 from segzero_rt.graph import Graph
 from segzero_rt.kernels.sample_token_device import DeviceSampler
 from segzero_rt.resident.arrays import Staging, rows
@@ -46,11 +46,12 @@ class ResidentReply:
         self._device, self._staging, self._cache = staging.device, staging, cache
         self._ends = frozenset(end_token_ids)
         self._lead = lead
-        self.token_ids = self._device.empty((max_new_tokens,), "int64")
-        """int64 [max_new_tokens]: the reply as it lies on the device, the token that ended it included."""
-        self._device.fill(self.token_ids)
-        self._told = self._device.pinned((max_new_tokens,), "int64")
-        self._input = self._device.empty((1, 1), "int64")
+        self.token_ids = self._device.empty((max_new_tokens,), np.int32)
+        """int32 [max_new_tokens]: the latest reply on the device; the one that ended it, and later ones, follow."""
+        self._told = self._device.pinned((max_new_tokens,), np.int32)
+        # 64 bits, as the embedding takes it; a token is its lower half, which comes first where CUDA runs.
+        self._input = self._device.empty((1, 1), np.int64)
+        self._device.fill(self._input)
         self._embed = embedding.enqueuer({"input_ids": self._input}, {"inputs_embeds": cache.embeds}, fixed=True)
         self.finished = False
         """The policy ended the reply by itself."""
@@ -61,11 +62,8 @@ class ResidentReply:
         self.pauses = 0
         """How often the host stood still so as not to run further ahead. Work lay in the stream each time, so that the
         device noticed nothing: these are no waits."""
-
-    @property
-    def said(self) -> DeviceArray:
-        """int64 [num_tokens]: the latest reply on the device."""
-        return rows(self.token_ids, 0, self.num_tokens)
+        self.waits = 0
+        """1 where the reply went to the end of its budget: for its last token the host waits with nothing behind it."""
 
     def tokens(self, sampler: DeviceSampler, budget: int, state: int = 0) -> Iterator[int]:
         """Up to `budget` tokens after what the cache holds, each as soon as it is known.
@@ -76,7 +74,7 @@ class ResidentReply:
             sampler: of one reply.
             state: where the reply's beginning has brought the sampler's grammar.
         """
-        self.finished, self.steps, self.num_tokens, self.pauses = False, 0, 0, 0
+        self.finished, self.steps, self.num_tokens, self.pauses, self.waits = False, 0, 0, 0, 0
         started = self._staging.hold(np.array([state], np.int32)), self._staging.hold(np.array([budget], np.int32))
         sampler.start(states=started[0], steps_left=started[1])
         self._staging.release()
@@ -91,6 +89,7 @@ class ResidentReply:
             if known < 0:
                 continue
             self._pause_until(marks[known])
+            self.waits = int(known == budget - 1)
             token_id = int(self._told[known])
             self.steps = known
             if token_id in self._ends or token_id < 0:
@@ -110,7 +109,6 @@ class ResidentReply:
         """Enqueues the choice of the token at this place from the latest logits, and its way to the host."""
         sampler.step(self._cache.logits.view((1, self._cache.logits.shape[2])))
         said = rows(self.token_ids, place, place + 1)
-        # 64 bits, as the embedding takes them; where CUDA runs, the lower half comes first.
         self._device.copy(sampler.token_ids, said)
         self._device.download(said, self._told[place : place + 1])
         return self._device.record()
