@@ -116,8 +116,8 @@ RESUMABLE_FROM_BYTES = 1 << 30
 TRIAL_SHARE = 0.7
 """Of the free memory that weights may take for the trial run of a bundle; activations and the cache come on top."""
 _SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16", "fp8": "float16", NVFP4: "float16"}
-"""The segmenter is small and draws edges: it has no weights of 4 bits, and no floats of 8. Nor are SAM 2's checkpoints
-bfloat16."""
+"""The segmenter is small and draws edges: it has no weights of 4 bits, and floats of 8 bits move its masks too far (see
+README.md). Nor are SAM 2's checkpoints bfloat16."""
 
 PRESETS = {"tabletop": tabletop, "vision-reasoner": vision_reasoner, "seg-zero": seg_zero, "qwen3-vl": qwen3_vl}
 

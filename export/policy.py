@@ -28,7 +28,7 @@ from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
 from .precisions import EXPLICIT_STORAGES, INT4_METHODS, NVFP4
-from .qdq import CODES, Reach
+from .qdq import CODES, Reach, emulation
 from .static_int8 import make_decoder_static
 
 LAYERS_FROM_PARAMETERS = 500_000_000
@@ -217,10 +217,7 @@ class _Export:
         """What the manifest says of the gate beside its figures."""
         if self.storage == "int4":
             return {"int4_method": self.int4_method}
-        emulated = EMULATED if self.precision.codes == NVFP4 else ""
-        if self.precision.codes in CODES:
-            emulated = CODES[self.precision.codes].emulated
-        return {"emulated": emulated} if emulated else {}
+        return {"emulated": EMULATED} if self.precision.codes == NVFP4 else emulation(self.precision.codes)
 
     def _writer(self, checkpoint: PolicyCheckpoint, reach: dict[str, Reach] | None = None) -> PolicyGraphWriter:
         return PolicyGraphWriter(

@@ -110,6 +110,12 @@ CODES = {codes.name: codes for codes in (INT8, FP8)}
 """By the storages that ask for them."""
 
 
+def emulation(storage: str) -> dict[str, str]:
+    """What a manifest says of a gate on a CPU, of products in these codes; nothing where a CPU has them."""
+    emulated = CODES[storage].emulated if storage in CODES else ""
+    return {"emulated": emulated} if emulated else {}
+
+
 def in_8_bits(product: str) -> bool:
     """Whether a product of this path is to be rounded at all."""
     return not product.startswith(LAST_LAYERS)

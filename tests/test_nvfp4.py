@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -34,6 +34,7 @@ from export.nvfp4 import (
 from export.policy import PolicyExport, export_policy
 from export.weight_encoding import FLOAT4
 from export.weight_store import InlineStore
+from segzero_rt.engines.gate import gate_engine
 from segzero_rt.errors import ExportError, GraphError
 from segzero_rt.graph import Graph
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
@@ -277,6 +278,14 @@ def test_tensorrt_builds_it_for_blackwell(nvfp4_policy: tuple[PolicyExport, Path
     if exported.manifest.flavour == "portable":
         with pytest.raises(EngineError, match=r"sm89, because the model contains HW-specific datatypes: fp4_e2m1"):
             build("8.9")
+
+
+def test_an_engine_of_it_has_no_gate_on_a_cpu(nvfp4_policy: tuple[PolicyExport, Path]) -> None:
+    """Its record says so, and the runtime asks for consent then."""
+    exported, folder = nvfp4_policy
+    bundle, nothing = policy_bundle(exported, folder), cast("Any", None)
+    gate = gate_engine(bundle, "decoder", nothing, nothing)
+    assert gate["status"] == "not_run" and "DequantizeLinear" in gate["reason"]
 
 
 def test_tensorrt_wants_whole_blocks(tmp_path: Path) -> None:
