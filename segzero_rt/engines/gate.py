@@ -41,8 +41,8 @@ def gate_engine(bundle: Bundle, name: str, record: EngineRecord, engine: Graph) 
     path, spec = bundle_specs(bundle.manifest)[name]
     try:
         reference = Graph.load(bundle.file(path), spec, backend="cpu")
-    except GraphError as error:
-        return {"status": GATE_NOT_RUN, "reason": f"nothing to compare with on a CPU: {error}"}
+    except GraphError as refusal:
+        return {"status": GATE_NOT_RUN, "reason": f"nothing to compare with on a CPU: {refusal}"}
     limit = NARROW_LIMIT if set(record.precisions) & {"float16", "bfloat16", "float8", "float4"} else FLOAT32_LIMIT
     errors: dict[str, float] = {}
     for inputs in example_inputs(bundle, name, record):
