@@ -32,6 +32,7 @@ class StreamDriver(HostDriver):
         self._free = threading.Event()
         self._free.set()
         self.num_enqueued = 0
+        self.num_pinned = 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -41,6 +42,10 @@ class StreamDriver(HostDriver):
             yield
         finally:
             self._free.set()
+
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        self.num_pinned += 1
+        return super().pinned(num_bytes)
 
     def copy_in(self, address: int, array: np.ndarray) -> None:
         self._later(lambda: HostDriver.copy_in(self, address, array))

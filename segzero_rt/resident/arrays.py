@@ -35,12 +35,14 @@ class Staging:
         self._used = 0
         self._full: list[NDArray[np.uint8]] = []  # blocks that copies may still read
         self._last: Event | None = None
+        self._holding = False
 
     def hold(self, values: NDArray[Any]) -> NDArray[Any]:
         """The values in page-locked memory, for copies that are enqueued before the next `release`."""
-        if self._last is not None and self.device.reached(self._last):
+        if not self._holding and self._last is not None and self.device.reached(self._last):
             self._used, self._last = 0, None
             self._full.clear()
+        self._holding = True
         begin = -(-self._used // _ALIGNED_BYTES) * _ALIGNED_BYTES
         if begin + values.nbytes > self._block.nbytes:
             self._full.append(self._block)
@@ -52,7 +54,7 @@ class Staging:
 
     def release(self) -> None:
         """Says that every copy of what is held has been enqueued: behind them the memory serves again."""
-        self._last = self.device.record()
+        self._last, self._holding = self.device.record(), False
 
     def upload(self, values: NDArray[Any], memory: DeviceArray) -> None:
         """Enqueues a copy of an array, which may change as soon as this returns."""
