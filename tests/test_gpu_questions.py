@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from host_stream import host_stream
@@ -38,8 +39,23 @@ def test_waits_are_counted_by_question_and_by_token(
     figures = resident.questions(context, "cuda")
     assert figures["questions"] == len(figures["tokens"]) == sum(figures["statuses"].values()) == 3
     assert 1 <= figures["most_waits_per_question"] <= 3 and figures["calls_that_wait"] == {}
-    assert figures["further_tokens"] >= 5 and figures["waits_per_further_token"] == 0
+    assert figures["pieces_of_text"] >= 15 and figures["waits_per_piece_of_text"] == 0
     assert 0 < figures["milliseconds"]["decode"] < figures["milliseconds"]["total"]
+
+
+@ONLY_COMPILER
+def test_waits_between_tokens_are_seen(bundle_path: Path, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline that waits once for each token is told from one that does not."""
+    pipeline = open_on_host(bundle_path)
+    device, chosen = pipeline._device, pipeline._resident.reply._choose
+
+    def waiting(*arguments: Any) -> Any:
+        device.synchronize()
+        return chosen(*arguments)
+
+    monkeypatch.setattr(pipeline._resident.reply, "_choose", waiting)
+    monkeypatch.setattr(resident, "open_pipeline", lambda *_: pipeline)
+    assert resident.questions(context, "cuda")["waits_per_piece_of_text"] > 0.5
 
 
 def test_without_a_device_it_is_left_out(context: Context) -> None:

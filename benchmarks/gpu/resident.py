@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from segzero_rt.resident.pipeline import ResidentSegmentation, ResidentSegZero
 
 _TASKS = {"full": 24, "tiny": 3}
-_FEW_TOKENS, _MANY_TOKENS = 4, 24
 
 
 def questions(context: Context, backend: str, replay: str = "") -> Figures:
-    """Waits per question and per token, and milliseconds by stage.
+    """Waits per question and while its tokens come, and milliseconds by stage.
 
     Args:
         backend: "cuda", "tensorrt" or "tensorrt-rtx".
@@ -39,16 +38,19 @@ def questions(context: Context, backend: str, replay: str = "") -> Figures:
     pipeline = open_pipeline(context, backend, bool(replay))
     tasks = list(make_tasks(None, _TASKS[context.size]))
     ask_one(pipeline, tasks[0])  # compiles, binds and records
-    found = [ask_one(pipeline, task) for task in tasks]
-    few, many = (ask_one(pipeline, tasks[0], max_new_tokens=count) for count in (_FEW_TOKENS, _MANY_TOKENS))
-    more_tokens = many.decode_counts["tokens"] - few.decode_counts["tokens"]
+    heard: list[list[int]] = [[] for _ in tasks]  # how often the host had waited when each piece of text came
+    found = [
+        ask_one(pipeline, task, on_token=lambda _, marks=marks: marks.append(pipeline.num_host_waits))
+        for task, marks in zip(tasks, heard, strict=True)
+    ]
+    pieces = sum(map(len, heard))
     return {
         "bundle": pipeline_bundle(context, backend).name,
         "questions": len(found),
         "waits_per_question": [one.host_waits for one in found],
         "most_waits_per_question": max(one.host_waits for one in found),
-        "waits_per_further_token": (many.host_waits - few.host_waits) / max(1, more_tokens),
-        "further_tokens": more_tokens,
+        "waits_per_piece_of_text": sum(marks[-1] - marks[0] for marks in heard if marks) / max(1, pieces),
+        "pieces_of_text": pieces,
         "tokens": [one.decode_counts["tokens"] for one in found],
         "statuses": dict(Counter(one.answer.status.value for one in found)),
         "milliseconds": {
