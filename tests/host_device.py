@@ -108,8 +108,6 @@ class HostDriver:
         self.launches.append(name)
         taken = entry((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), packed)
         assert taken == len(packed), f"{name} takes {taken} bytes of arguments, got {len(packed)}"
-        for allocation in self.allocations:
-            allocation.check()
 
     def call(self, work: Callable[[], None]) -> None:
         work()
@@ -133,7 +131,8 @@ class HostDriver:
         return float(end - start)
 
     def synchronize(self) -> None:
-        pass
+        for allocation in self.allocations:
+            allocation.check()
 
     def _check(self, address: int, num_bytes: int) -> None:
         inside = any(a.begin <= address and address + num_bytes <= a.begin + a.num_bytes for a in self.allocations)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from kernel_builds import BUILDS
+from kernel_builds import BUILDS, forced_kernels
 
-from segzero_rt.kernels.backend import KERNELS_VARIABLE
 from segzero_rt.mask import (
     MAX_RLE_PIXELS,
     decode_rle,
@@ -19,10 +20,10 @@ from segzero_rt.upsampling import upsample_logits
 
 
 @pytest.fixture(params=BUILDS, autouse=True)
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def build(request: pytest.FixtureRequest) -> Iterator[str]:
     """Everything here holds for every build of the kernels."""
-    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
-    return str(request.param)
+    with forced_kernels(request.param):
+        yield str(request.param)
 
 
 def picture(text: str) -> np.ndarray:

@@ -134,7 +134,7 @@ def answer_reader() -> Callable[..., Any] | None:
     if chosen.device is not None:
         from segzero_rt.kernels.parse_prompts_device import device_reader
 
-        return device_reader(chosen)
+        return device_reader(chosen.device)
     if chosen.module is None:
         return None
     from segzero_rt.kernels.parse_prompts_host import bound_reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from segzero_rt.answer import Answer
 from segzero_rt.answer_format import AnswerFormat
 from segzero_rt.answer_parser import MODES, ParseMode
 from segzero_rt.device import DeviceArray
-from segzero_rt.kernels.backend import Kernels, chosen_kernels
+from segzero_rt.kernels.backend import chosen_kernels
 from segzero_rt.kernels.device_kernels import DeviceKernels, blocks
 from segzero_rt.kernels.parse_prompts import MAX_SIDE, STATUSES, ParsedReplies, encode_reply, parse_prompts
 from segzero_rt.kernels.parse_prompts_host import required_rules, rules_of
@@ -157,13 +158,14 @@ def parse_with_device(
     sizes: NDArray[np.int32],
     finished: NDArray[np.bool_],
     mode: ParseMode,
+    parser: DeviceParser | None = None,
 ) -> ParsedReplies:
     """See `parse_prompts.parse_prompts`, which has checked the arguments but for the format: copies there and back.
 
-    Replies that find no room on the device are parsed by the host.
+    Replies that find no room on the device are parsed by the host. `parser` is one for this format and mode.
     """
     count, device = len(replies), kernels.device
-    parser = DeviceParser(kernels, answer_format, mode=mode, max_replies=max(1, count))
+    parser = parser or DeviceParser(kernels, answer_format, mode=mode, max_replies=max(1, count))
     if not count:
         return _unpacked(np.empty(0, REPLY), np.empty(0, PROMPT))
     bounds = np.cumsum([0, *map(len, replies)], dtype=np.int64)
@@ -229,8 +231,10 @@ def _unpacked(heads: NDArray[Any], prompts: NDArray[Any]) -> ParsedReplies:
     )
 
 
-def device_reader(kernels: Kernels) -> Callable[..., Answer | None]:
-    """`backend.answer_reader` on a device: one reply, read as a batch of one."""
+def device_reader(kernels: DeviceKernels) -> Callable[..., Answer | None]:
+    """`backend.answer_reader` on a device: one reply, as a batch of one. Room is made once for a format and mode."""
+    parsers: dict[tuple[AnswerFormat, ParseMode], DeviceParser] = {}
+    lock = threading.Lock()
 
     def read(
         text: str,
@@ -241,16 +245,17 @@ def device_reader(kernels: Kernels) -> Callable[..., Answer | None]:
         mode: ParseMode,
     ) -> Answer | None:
         sides = (*input_size_hw, *source_size_hw)
-        if mode not in MODES or not all(1 <= side <= MAX_SIDE for side in sides) or rules_of(answer_format) is None:
+        known = mode in MODES and len(sides) == 4 and rules_of(answer_format) is not None
+        if not known or not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
             return None
-        return parse_prompts(
-            [encode_reply(text)],
-            answer_format=answer_format,
-            input_size_hw=input_size_hw,
-            source_size_hw=source_size_hw,
-            finished=finished,
-            mode=mode,
-            kernels=kernels,
-        ).answer(0, text)
+        sizes, ended = np.array([sides], np.int32), np.array([finished], np.bool_)
+        with lock:
+            key = (answer_format, mode)
+            if key not in parsers:
+                parsers[key] = DeviceParser(kernels, answer_format, mode=mode)
+            parsed = parse_with_device(
+                kernels, [encode_reply(text)], answer_format, sizes, ended, mode, parser=parsers[key]
+            )
+        return parsed.answer(0, text)
 
     return read
