@@ -30,7 +30,7 @@ from segzero_rt.mask import encode_rle
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("SEGZERO_ARM64", REPOSITORY / ".venv-arm64"))
 SEGZERO = Path(sys.executable).parent / "segzero"
-QUICK = ("test_answer_format", "test_bundle")
+QUICK = ("test_answer_format", "test_bundle", "test_preflight")
 """Files that are quick enough for every run; `make test-arm64` has the others."""
 MIN_MASK_IOU = 0.9
 MAX_BOX_DIFFERENCE_PX = 4.0
