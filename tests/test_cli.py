@@ -426,7 +426,7 @@ def test_the_exit_status_follows_the_answer(
     behaviour: AnswerStatus | KeyboardInterrupt,
     status: int,
 ) -> None:
-    monkeypatch.setattr(run_command, "load_pipeline", lambda arguments: FakePipeline(behaviour))
+    monkeypatch.setattr(run_command, "load_any_pipeline", lambda arguments: FakePipeline(behaviour))
     output = segzero("run", picture, "the mug", "--json")
     assert output.status == status
     expected = behaviour if isinstance(behaviour, AnswerStatus) else AnswerStatus.CANCELLED
@@ -444,9 +444,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
         raise KeyboardInterrupt
 
     before = sorted(tmp_path.iterdir())
-    for place in ("load_pipeline", "write_picture"):
+    for place in ("load_any_pipeline", "write_picture"):
         with monkeypatch.context() as patch:
-            patch.setattr(run_command, "load_pipeline", lambda arguments: FakePipeline(AnswerStatus.OK))
+            patch.setattr(run_command, "load_any_pipeline", lambda arguments: FakePipeline(AnswerStatus.OK))
             patch.setattr(run_command, place, interrupt)
             output = segzero("run", picture, "the mug", "--out", str(tmp_path / "o.png"), *options)
         assert (output.status, output.out, output.err) == (130, "", "segzero: interrupted\n")

@@ -214,7 +214,7 @@ class Device:
     def download(self, buffer: Any, array: np.ndarray) -> None:
         array.reshape(-1).view(np.uint8)[:] = self.memory[buffer.address]
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Nothing runs beside."""
 
 
