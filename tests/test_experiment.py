@@ -37,7 +37,7 @@ from training.experiments.jobs import (
     timing_jobs,
 )
 from training.experiments.measures import Score, write_scores
-from training.experiments.report import write_report
+from training.experiments.report import render, write_report
 from training.experiments.settings import Settings, claim_folder, read_settings
 from training.experiments.verdicts import CLAIMS, Verdict, judge
 
@@ -425,6 +425,17 @@ def test_a_report_of_what_is_measured_so_far(tmp_path: Path, capsys: pytest.Capt
     undone(workplace, "measure-grpo_answers-2")
     assert main(["train", "experiment", *options]) == 2
     assert "grpo_answers not yet" in capsys.readouterr().out
+
+
+def test_the_report_that_is_committed_is_that_of_its_figures() -> None:
+    (path,) = (REPOSITORY / "benchmarks" / "results").glob("experiment_*.json")
+    document = json.loads(path.read_text())
+    assert (REPOSITORY / "docs" / "experiment" / "report.md").read_text() == render(document)
+    shown = (REPOSITORY / "training" / "experiments" / "README.md").read_text()
+    for name in ("base", *(arm.value for arm in Arm)):
+        policy = document["policies"][name]
+        row = f"{policy['splits']['test']['mean']:.3f} | {policy['ood_mean']['mean']:.3f} |"
+        assert row in shown, name
 
 
 def undone(workplace: Workplace, *names: str) -> None:
