@@ -7,6 +7,7 @@ only real ones do: threads that run at the same time and in any order, caches, w
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ GUARD_BYTES = 64
 GUARD = 0xC7
 FRESH = 0xA5
 """What fresh memory holds: a kernel that relies on zeros is found."""
+_ONE_AT_A_TIME = threading.Lock()
+"""The compiled kernels keep `threadIdx` and shared memory in globals, and ctypes lets other Python threads run: the
+pipeline prepares the policy's picture in one and the segmenter's in another. A device's stream takes both in turn."""
 
 
 class HostAllocation:
@@ -106,7 +110,8 @@ class HostDriver:
         assert shared_bytes == 0, "dynamic shared memory is not there on the host"
         name, entry = function
         self.launches.append(name)
-        taken = entry((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), packed)
+        with _ONE_AT_A_TIME:
+            taken = entry((ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block), packed)
         assert taken == len(packed), f"{name} takes {taken} bytes of arguments, got {len(packed)}"
 
     def call(self, work: Callable[[], None]) -> None:
