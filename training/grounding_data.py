@@ -15,6 +15,7 @@ from torch import Tensor
 
 from segzero_rt.answer_format import SEG_ZERO, SYSTEM_PROMPT, THINK_OPEN, VISION_REASONER, AnswerFormat, AnswerObject
 
+from .brief_thoughts import told_briefly
 from .draws import pick
 from .object_kinds import COLOURS, KINDS
 from .phrases import article_name, where
@@ -109,8 +110,11 @@ class _Rows:
 class GroundingData:
     """Draws packed batches from a cache, deterministically from its own generator."""
 
-    def __init__(self, cache: SceneCache, tokenizer: Tokenizer, split: str = "train") -> None:
-        self.cache, self.tokenizer, self.split = cache, tokenizer, split
+    def __init__(
+        self, cache: SceneCache, tokenizer: Tokenizer, split: str = "train", *, brief_share: float = 0.0
+    ) -> None:
+        """`brief_share`: how many of the thoughts are told in fewer words."""
+        self.cache, self.tokenizer, self.split, self.brief_share = cache, tokenizer, split, brief_share
         self.end = control_id(tokenizer, "<|im_end|>")
         self.pad = control_id(tokenizer, "<|endoftext|>")
         self.object_starts = {control_id(tokenizer, phrase) for phrase in OBJECT_STARTS}
@@ -273,6 +277,7 @@ class GroundingData:
         """What is meant by a question that finds things, and nothing of where that is; `before` goes ahead of it."""
         family = SEG_ZERO if rng.random() < SINGLE_FORMAT_SHARE else VISION_REASONER
         question, thought = think_about_world(rng)
+        thought = self._told(rng, thought)
         prompt = before + self._encode(family.user_prompt(question)) + self.turn
         return _Segment([*prompt, *self._encode(f"{THINK_OPEN} {thought}")], len(prompt), (), grounded=False)
 
@@ -296,9 +301,13 @@ class GroundingData:
         if swapped:
             targets = (int(rng.choice([i for i in range(len(things)) if i != targets[0]])),)
             thinking = f"There is {article_name(things[targets[0]])} {where(things[targets[0]].centre_xy, SIZE_HW)}."
+        thinking = self._told(rng, thinking)
         answer = self._encode(family.assistant_text(thinking, [answer_object(things[i], family) for i in targets]))
         silent = (len(prompt), len(prompt) + answer.index(self.think_close)) if swapped else (0, 0)
         return _Segment([*prompt, *answer, self.end], len(prompt), targets, silent)
+
+    def _told(self, rng: np.random.Generator, thinking: str) -> str:
+        return told_briefly(thinking) if self.brief_share and rng.random() < self.brief_share else thinking
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
