@@ -29,6 +29,8 @@ from .measuring import RESULTS, pin_to_cores, write_result
 
 PEERS = Path(__file__).parent / "peers"
 STORAGE = {4: "int4", 32: "float32"}
+TIMES = ("prefill_ms", "token_ms", "answer_ms")
+"""What each side is timed by: to the first token, for each further one, and from the prompt to the last token."""
 
 
 def main() -> None:
@@ -137,7 +139,7 @@ def compare(sides: dict[str, dict[str, Any]], *, exact: bool) -> dict[str, dict[
         if exact and equal < len(ours["token_ids"]):
             row = {"version": side["version"], "equal_tokens": equal, "problem": "another reply: not timed"}
         elif name != "segzero":
-            row["ratios"] = {key: side[key] / ours[key] for key in ("prefill_ms", "token_ms")}
+            row["ratios"] = {key: side[key] / ours[key] for key in TIMES}
         compared[name] = row
     return compared
 
@@ -180,7 +182,7 @@ def _side(python: Any, program: str, settings: dict[str, Any], rounds: int) -> d
     return {
         **told,
         "token_ids": timed[0]["token_ids"],
-        **{key: statistics.median(one[key] for one in timed) for key in ("prefill_ms", "token_ms")},
+        **{key: statistics.median(one[key] for one in timed) for key in TIMES},
         "rounds": rounds,
     }
 

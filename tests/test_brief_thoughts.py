@@ -79,7 +79,7 @@ def test_what_is_found_and_where_is_still_said(kind: str, cache: SceneCache) -> 
             continue
         asked += 1
         long, told = question.thinking, told_briefly(question.thinking)
-        # What a function's first sentence says of its use may name things of its own; the thing itself comes last there.
+        # The use that a long thought repeats may name things of its own ("cut paper at the table").
         assert named(told) == named(long)[-len(named(told)) :] or set(named(told)) <= set(named(long))
         assert named(told)[-2:] == named(long)[-2:]
         assert len(told) < len(long)

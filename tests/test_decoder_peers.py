@@ -37,6 +37,7 @@ def test_a_peer_tells_version_tokens_and_medians(tmp_path: Path, monkeypatch: py
     side = decoder_peers._side(sys.executable, program, {"prompt": [5, 6], "new_tokens": 3}, rounds=2)
     assert side["version"] == "counter 1.0" and side["token_ids"] == [7, 8, 9] and side["rounds"] == 2
     assert side["load_ms"] >= 0 and side["prefill_ms"] >= 0 and side["token_ms"] >= 0
+    assert side["answer_ms"] >= side["prefill_ms"]
 
 
 def test_a_peer_that_cannot_run_is_listed_with_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +69,8 @@ def test_the_text_checkpoint_has_no_pictures_and_the_same_files(tmp_path: Path) 
 
 
 def side(tokens: list[int], token_ms: float = 10.0) -> dict[str, Any]:
-    return {"version": "some", "load_ms": 1, "token_ids": tokens, "prefill_ms": 50.0, "token_ms": token_ms, "rounds": 3}
+    times = {"prefill_ms": 50.0, "token_ms": token_ms, "answer_ms": 50.0 + 2 * token_ms}
+    return {"version": "some", "load_ms": 1, "token_ids": tokens, "rounds": 3, **times}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,9 @@ def test_peers_are_timed_for_equal_replies_alone(tokens: list[int], exact: bool,
     assert compared["segzero"]["equal_tokens"] == 3 and "ratios" not in compared["segzero"]
     peer = compared["peer"]
     assert peer["equal_tokens"] == equal and ("problem" in peer) == (not timed)
-    assert peer.get("ratios") == ({"prefill_ms": 1.0, "token_ms": 2.5} if timed else None)
+    assert peer.get("ratios") == (
+        {"prefill_ms": 1.0, "token_ms": 2.5, "answer_ms": pytest.approx(10 / 7)} if timed else None
+    )
     assert ("token_ms" in peer) == timed
 
 

@@ -2,7 +2,7 @@
 
 Settings come as JSON in the first argument: `model` (a path), `threads`, `prompt` (token numbers), `new_tokens`. The
 first line out is JSON with version and loading time. For each line in, the reply is generated once, greedily, and a
-line tells its tokens and times.
+line tells its tokens and times: `prefill_ms` to the first token, `token_ms` for each further one, `answer_ms` in all.
 """
 
 import json
@@ -27,7 +27,8 @@ def serve(load: Callable[[dict[str, Any]], tuple[str, Generate]]) -> None:
             token_ids.append(int(token_id))
             times_s.append(time.perf_counter())
         decode_s = (times_s[-1] - times_s[0]) / (len(times_s) - 1)
-        _tell({"token_ids": token_ids, "prefill_ms": (times_s[0] - start) * 1e3, "token_ms": decode_s * 1e3})
+        took = {"prefill_ms": times_s[0] - start, "token_ms": decode_s, "answer_ms": times_s[-1] - start}
+        _tell({"token_ids": token_ids, **{name: seconds * 1e3 for name, seconds in took.items()}})
 
 
 def _tell(document: dict[str, Any]) -> None:
