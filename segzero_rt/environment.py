@@ -29,6 +29,7 @@ def environment_card(packages: tuple[str, ...] = _PACKAGES) -> dict[str, Any]:
         "cores": default_threads(),
         "memory_bytes": _total_memory_bytes(),
         "load_average": _load_average(),
+        "scheduling_group_nice": _scheduling_group_nice(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {name: version for name in packages if (version := _version(name)) is not None},
@@ -39,12 +40,15 @@ def device_card() -> dict[str, Any]:
     """GPUs, how the machine is set to trade speed for power, and the checkout's commit; None and empty as above."""
     from segzero_rt.preflight.machine import read_machine
 
+    folder = str(Path(__file__).parent)
+    # A package installed into an environment that lies in somebody's checkout is no part of that checkout.
+    tracked = _first_line_of(["git", "-C", folder, "ls-files", "--error-unmatch", Path(__file__).name])
     return {
         "gpus": [f"{gpu.name} (compute capability {gpu.capability})" for gpu in read_machine().gpus],
         "power_mode": _first_line_of(["nvpmodel", "-q"]),
         "cpu_governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        # Marked when files differ from it; an installed package lies in no checkout of its own.
-        "commit": _first_line_of(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
+        # Marked when files differ from it.
+        "commit": _first_line_of(["git", "-C", folder, "describe", "--always", "--dirty"]) if tracked else None,
     }
 
 
@@ -107,6 +111,12 @@ def _load_average() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()]
     except OSError:
         return None
+
+
+def _scheduling_group_nice() -> int | None:
+    """Linux shares processors among sessions first: -20 is the most, 19 the least, and 0 what everybody has."""
+    group, _, nice = (_read(Path("/proc/self/autogroup")) or "").partition(" nice ")
+    return int(nice) if group else None
 
 
 def _version(name: str) -> str | None:

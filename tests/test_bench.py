@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segzero_rt import environment
 from segzero_rt.answer import Answer, AnswerStatus
 from segzero_rt.bench.scenarios import GLUE, Clock, fixed_rate, single_stream
 from segzero_rt.bench.tasks import Task, draw_picture, make_tasks
@@ -195,6 +197,35 @@ def test_a_broken_picture_is_an_error_not_a_timing(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"\x89PNG")
     with pytest.raises(ImageError):
         single_stream(SlowPipeline([]), list(make_tasks(str(tmp_path), 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "nice"),
+    [
+        pytest.param("/autogroup-311 nice 0\n", 0, id="everyday"),
+        pytest.param("/autogroup-7 nice -19\n", -19, id="first"),
+        pytest.param("", None, id="kernel without groups"),
+        pytest.param(None, None, id="no Linux"),
+    ],
+)
+def test_a_card_tells_the_scheduling_group(monkeypatch: pytest.MonkeyPatch, text: str | None, nice: int | None) -> None:
+    monkeypatch.setattr(environment, "_read", lambda path: text and text.strip())
+    assert environment_card()["scheduling_group_nice"] == nice
+
+
+def test_a_card_names_no_commit_of_a_checkout_that_the_package_only_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    installed = tmp_path / "env" / "environment.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(environment, "__file__", str(installed))
+    assert device_card()["commit"] is None
+    subprocess.run([*git, "add", "env"], check=True)
+    assert device_card()["commit"].endswith("-dirty")
 
 
 def test_environment_card_is_plain_json() -> None:

@@ -400,6 +400,10 @@ def test_another_evaluation_is_not_gone_on_with(tmp_path: Path, evaluated: Evalu
         evaluated(source, ANSWERS, "--all-sentences")
     with pytest.raises(OutputError, match="ignored_pixels 'left-out'"):
         evaluated(source, ANSWERS, "--ignored-pixels", "foreground")
+    with pytest.raises(OutputError, match="with constrained False, this one has True"):
+        evaluated(source, ANSWERS, "--constrained")
+    with pytest.raises(OutputError, match="with threads None, this one has 1"):  # its latencies would be mixed
+        evaluated(source, ANSWERS, "--threads", 1)
     (source / "p0.json").rename(source / "p9.json")
     with pytest.raises(DatasetError, match=r"picture 'p0' of the stopped evaluation, got 'p1'"):
         evaluated(source, ANSWERS)

@@ -58,15 +58,18 @@ def test_writes_between_the_markers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "cores", "said"),
+    ("load", "more", "said"),
     [
-        pytest.param([5.88, 7.0, 7.0], 2, "Taken on a busy machine (load average 5.9 on two cores)", id="busy"),
-        pytest.param([2.9, 9.0, 9.0], 2, "", id="its own load"),
-        pytest.param(None, 2, "", id="untold"),
+        pytest.param([5.88, 7.0, 7.0], {}, "Taken on a busy machine (load average 5.9 on two cores)", id="busy"),
+        pytest.param([5.88, 7.0, 7.0], {"scheduling_group_nice": 0}, "to be taken again", id="busy, everyday group"),
+        pytest.param([5.88, 7.0, 7.0], {"scheduling_group_nice": -14}, "to be taken again", id="busy, a little more"),
+        pytest.param([5.88, 7.0, 7.0], {"scheduling_group_nice": -19}, "Taken beside other work", id="busy, first"),
+        pytest.param([2.9, 9.0, 9.0], {"scheduling_group_nice": -19}, "", id="its own load"),
+        pytest.param(None, {}, "", id="untold"),
     ],
 )
-def test_says_when_others_worked_on_the_machine(load: list[float] | None, cores: int, said: str) -> None:
-    line = busy({"environment": {"load_average": load, "cores": cores}})
+def test_says_when_others_worked_on_the_machine(load: list[float] | None, more: dict[str, int], said: str) -> None:
+    line = busy({"environment": {"load_average": load, "cores": 2, **more}})
     assert (said in line) if said else not line
 
 

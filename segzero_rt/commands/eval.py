@@ -102,7 +102,7 @@ def _add_set_options(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    from segzero_rt.environment import bundle_card
+    from segzero_rt.environment import bundle_card, device_card, environment_card
     from segzero_rt.evaluation import FAILED, summarize
     from segzero_rt.evaluation_run import JOURNAL_SUFFIX
 
@@ -119,9 +119,11 @@ def execute(arguments: argparse.Namespace) -> int:
     summary = {
         **summarize(records),
         "bundle": card,
+        "environment": {**environment_card(), **device_card()},
         "dataset": str(arguments.dataset),
         "scoring": dict(dataset.facts),
         "reuse_view": arguments.reuse_view,
+        "constrained": arguments.constrained,
         "failures": [{"source": one.source, "error": one.error} for one in records if one.status == FAILED],
     }
     if arguments.records:
@@ -172,7 +174,7 @@ def _open_set(arguments: argparse.Namespace) -> EvaluationSet:
 
 def _settings(arguments: argparse.Namespace, dataset: EvaluationSet, card: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a stopped evaluation to go on. `--broken zero` may be added to one that stopped."""
-    names = ("limit", "reuse_view", "format", "max_new_tokens", "backend")
+    names = ("limit", "reuse_view", "format", "max_new_tokens", "backend", "constrained", "draft_tokens", "threads")
     paths = {
         name: str(Path(value).resolve())
         for name in ("dataset", "images", "refs")
