@@ -26,9 +26,10 @@ _EPILOG = """examples:
   segzero doctor my-bundle --json
   segzero doctor my-bundle --preflight
 
-The bundle's files are compared with its manifest, and its need of memory with what is free; only then are its graphs
-loaded, and a question is asked about a grey picture. --preflight stops before anything is loaded and adds what to
-expect of Jetson modules: predictions from published figures, not measurements.
+The bundle's files are compared with its manifest, its need of memory with what is free, and the number types of its
+graphs with what the device has; only then are they loaded, and a question is asked about a grey picture. --preflight
+stops before anything is loaded and adds what to expect of Jetson modules: predictions from published figures, not
+measurements.
 exit status: 0 the bundle runs here, 2 it does not (the report says why)"""
 
 # What the CPU backend's kernels make use of, by the kernel's names for them (x86 flags, ARM features).
@@ -104,7 +105,7 @@ def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_
     bundle = _examine_bundle(bundle_path, problems)
     preflight = None
     if not problems:
-        preflight = plan_report(_opened(bundle_path), found, problems, with_predictions=preflight_only)
+        preflight = plan_report(_opened(bundle_path), found, problems, with_predictions=preflight_only, backend=backend)
     trial = None if problems or preflight_only else _try(bundle_path, backend, problems)
     return {
         "machine": machine,

@@ -18,6 +18,7 @@ from segzero_rt.engines.store import building, graph_digest, record_engines, wri
 from segzero_rt.errors import EngineError
 from segzero_rt.manifest import GATE_NOT_RUN
 from segzero_rt.preflight.gpu import Gpu
+from segzero_rt.preflight.type_needs import type_needs
 
 Gate = Callable[[str, EngineRecord, Path], Mapping[str, Any]]
 """Takes a graph's name, its record and its file; runs it and returns figures with `status`, or raises EngineError."""
@@ -59,7 +60,8 @@ def build_engines(
         progress: gives, for a graph's name, what its progress is told to.
 
     Raises:
-        EngineError: an unknown graph, no device where one is needed, a build that fails, a gate that is not passed.
+        EngineError: an unknown graph, no device where one is needed, a device without a type of the graphs, a build
+            that fails, a gate that is not passed.
         GraphError: a graph differs from its spec.
         BundleError: the bundle cannot be written.
     """
@@ -67,6 +69,7 @@ def build_engines(
     if unknown := sorted(set(graphs) - set(specs)):
         raise EngineError(f"expected graphs of {', '.join(specs)}, got {', '.join(unknown)[:80]}")
     capabilities = _capabilities(library, options, gpu)
+    _check_types(bundle, [specs[name][0] for name in graphs or specs], capabilities)
     lengths = axis_lengths(bundle.manifest, limits)
     with building(bundle):
         report = BuildReport(bundle=bundle)
@@ -148,3 +151,13 @@ def _capabilities(library: Library, options: BuildOptions, gpu: Gpu | None) -> t
             "or use --target tensorrt-rtx, which builds without one"
         )
     return (gpu.capability,)
+
+
+def _check_types(bundle: Bundle, graphs: list[str], capabilities: Collection[str]) -> None:
+    """A library reads and optimises a large graph for minutes before it says so."""
+    for need in type_needs(bundle, graphs):
+        if lacking := [capability for capability in capabilities if not need.met_by(capability)]:
+            raise EngineError(
+                f"expected devices that have {need}: compute capability {need.least_capability} or newer, got "
+                f"{', '.join(lacking)}; export it again with --storage float16 or int8, or build for another device"
+            )

@@ -27,6 +27,7 @@ from segzero_rt.preflight.memory_plan import (
     plan_memory,
     vision_width,
 )
+from segzero_rt.preflight.type_needs import type_needs
 
 RESERVE_BYTES = 1536 << 20
 """Assumed for the system, CUDA's context and TensorRT's libraries."""
@@ -106,15 +107,16 @@ def question_work(bundle: Bundle) -> dict[str, Work]:
 
 
 def predict(bundle: Bundle, modules: tuple[Module, ...] = MODULES) -> list[dict[str, Any]]:
-    """For each module: whether the bundle fits, and milliseconds per stage at best.
+    """For each module: whether the bundle fits its memory and its number types, and milliseconds per stage at best.
 
     Raises:
         GraphError: a graph cannot be read.
     """
     needed = _engine_bytes(bundle, plan_memory(bundle))
-    work = question_work(bundle)
+    work, needs = question_work(bundle), type_needs(bundle)
     rows = []
     for module in modules:
+        missing = [need.dtype for need in needs if not need.met_by(module.capability)]
         stages = {name: round(1e3 * stage.seconds(module), 2) for name, stage in work.items()}
         policy_ms = stages["vision"] + stages["prefill"] + REPLY_TOKENS * stages["token"]
         rows.append(
@@ -123,7 +125,8 @@ def predict(bundle: Bundle, modules: tuple[Module, ...] = MODULES) -> list[dict[
                 "compute_capability": module.capability,
                 "memory_bytes": module.memory_bytes,
                 "needed_bytes": needed,
-                "fits": needed + RESERVE_BYTES <= module.memory_bytes,
+                "missing_types": missing,
+                "fits": not missing and needed + RESERVE_BYTES <= module.memory_bytes,
                 "stages_ms": stages,
                 "question_ms": round(max(policy_ms, stages["mask_encode"]), 1),
             }
