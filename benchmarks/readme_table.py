@@ -21,6 +21,7 @@ from typing import Any
 from segzero_rt.bundle import EMBEDDED
 from segzero_rt.commands.output_files import write_text
 
+from .avoided_costs import ALL_COSTS
 from .measuring import RESULTS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,12 +45,24 @@ def newest(name: str, results: Path = RESULTS) -> tuple[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: there is none.
     """
-    pattern = re.compile(rf"{re.escape(name)}(?:_\d+cores)?_(\d{{8}})\.json")
-    dated = sorted((match[1], path) for path in results.iterdir() if (match := pattern.fullmatch(path.name)))
-    if not dated:
+    return list(newest_of_each(name, results).values())[-1]
+
+
+def newest_of_each(name: str, results: Path = RESULTS) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Likewise the latest for each number of cores, the latest of all last; "" where the name tells none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    pattern = re.compile(rf"{re.escape(name)}(?:_(\d+)cores)?_(\d{{8}})\.json")
+    found = [(match, path) for path in results.iterdir() if (match := pattern.fullmatch(path.name))]
+    if not found:
         raise FileNotFoundError(f"expected a result called {name}_<date>.json in {results}; run its program")
-    path = dated[-1][1]
-    return path.name, json.loads(path.read_text(encoding="utf-8"))
+    latest: dict[str, Path] = {}
+    for match, path in sorted(found, key=lambda one: (one[0][2], one[1])):
+        latest.pop(match[1] or "", None)
+        latest[match[1] or ""] = path
+    return {cores: (path.name, json.loads(path.read_text(encoding="utf-8"))) for cores, path in latest.items()}
 
 
 def quality(results: Path) -> str:
@@ -132,41 +145,102 @@ def brevity(results: Path) -> str:
 
 
 def decoders(results: Path) -> str:
-    """The decoder alone against other runtimes, for the bits that were measured."""
+    """The decoder alone against other runtimes, for the bits and cores that were measured."""
     parts = []
     for storage in ("float32", "int4"):
         if not any(results.glob(f"decoder_peers_{storage}_*.json")):
             continue
-        name, document = newest(f"decoder_peers_{storage}", results)
-        shape = document["shape"]
-        cores = CORES[str(document["threads"])]
-        what = f"{storage}, {shape['num_layers']} layers of width {shape['hidden_size']}, {cores}"
-        rows = [[f"{what} (`{name}`)", f"prefill of {document['prompt_tokens']}", "a token", "equal tokens"]]
-        for side, row in document["sides"].items():
-            label = f"{side} ({row['version']})" if "version" in row else side
-            if "problem" in row:
-                rows.append([label, row["problem"], "", ""])
-                continue
-            ratios = row.get("ratios")
-            cells = [
-                f"{row[key]:.1f} ms" + (f" ({ratios[key]:.2f}x)" if ratios else "")
-                for key in ("prefill_ms", "token_ms")
-            ]
-            rows.append([label, *cells, f"{row['equal_tokens']} of {document['new_tokens']}"])
-        parts.append(table(rows) + busy(document))
+        parts += [
+            _decoder_peers(*one) for _, one in sorted(newest_of_each(f"decoder_peers_{storage}", results).items())
+        ]
     return "\n\n".join(parts)
+
+
+def _decoder_peers(name: str, document: dict[str, Any]) -> str:
+    shape = document["shape"]
+    what = f"{name.split('_')[2]}, {shape['num_layers']} layers of width {shape['hidden_size']}"
+    columns = {
+        "prefill_ms": f"prefill of {document['prompt_tokens']}",
+        "token_ms": "a token",
+        "answer_ms": f"an answer of {document['new_tokens']}",
+    }
+    rows = [[f"{what}, {CORES[str(document['threads'])]} (`{name}`)", *columns.values(), "equal tokens"]]
+    for side, row in document["sides"].items():
+        label = f"{side} ({row['version']})" if "version" in row else side
+        if "problem" in row:
+            rows.append([label, row["problem"], *[""] * len(columns)])
+            continue
+        ratios = row.get("ratios")
+        cells = [f"{row[key]:.1f} ms" + (f" ({ratios[key]:.2f}x)" if ratios else "") for key in columns]
+        rows.append([label, *cells, f"{row['equal_tokens']} of {document['new_tokens']}"])
+    return table(rows) + busy(document)
 
 
 def predictor(results: Path) -> str:
     """The whole segmenter against SAM 2's own predictor."""
     if not any(results.glob("segmenter_predictor_hiera_t_*.json")):
         return "Not measured yet: `python -m benchmarks.segmenter_predictor --package .venv-sam2`."
-    name, document = newest("segmenter_predictor_hiera_t", results)
-    times = document["picture_and_prompt_ms"]
-    head = [f"SAM 2.1 tiny, {CORES[str(document['threads'])]} (`{name}`)", "segzero-rt", f"sam2 {document['sam2']}"]
-    took = [f"{times[f'{side}_median']:.0f} ms" for side in ("segzero", "baseline")]
-    error = f"1024 x 1024, picture and one prompt, masks within {document['relative_error']:.0e}"
-    return table([[*head, "ratio"], [error, *took, f"{times['ratio']:.2f}x"]]) + busy(document)
+    rows: list[list[str]] = []
+    for _, (name, document) in sorted(newest_of_each("segmenter_predictor_hiera_t", results).items()):
+        rows = rows or [["SAM 2.1 tiny, 1024 x 1024, picture and one prompt", "segzero-rt", f"sam2 {document['sam2']}"]]
+        times = document["picture_and_prompt_ms"]
+        took = [f"{times[f'{side}_median']:.0f} ms" for side in ("segzero", "baseline")]
+        what = f"{CORES[str(document['threads'])]}, masks within {document['relative_error']:.0e} (`{name}`)"
+        rows.append([what, *took, f"{times['ratio']:.2f}x"])
+    rows[0].append("ratio")
+    return table(rows) + busy(document)
+
+
+def speed_accuracy(results: Path) -> str:
+    """Every combination of weights, picture and reply, with what it costs in gIoU."""
+    name, document = newest("speed_accuracy", results)
+    head = ("weights", "picture", "reply", "gIoU", "lost against the first row, 95 % interval", "tokens a second")
+    rows = [[*head, "latency p50 / p90", "memory", "front"]]
+    for row in document["configurations"]:
+        low, high = row["giou_loss_interval_95"]
+        rate = row["tokens_per_s"]
+        rows.append(
+            [
+                row["precision"],
+                f"{row['side']} px",
+                row["reply"],
+                f"{row['giou']:.3f}",
+                f"{row['giou_loss']:.3f} ({low:.3f} to {high:.3f})" if len(rows) > 1 else "",
+                "" if rate is None else f"{rate:.0f}",
+                f"{row['latency_ms']['p50']:.0f} / {row['latency_ms']['p90']:.0f} ms",
+                f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
+                "yes" if row["on_front"] else "",
+            ]
+        )
+    questions, cores = document["configurations"][0]["num_samples"], CORES[str(document["cores"])]
+    return f"{questions} questions, {cores} (`{name}`):\n\n{table(rows)}{busy(document)}"
+
+
+def avoided_costs(results: Path) -> str:
+    """What a question would take without each saving, beside what it takes."""
+    name, document = newest("avoided_costs", results)
+    by_threads = document["by_threads"]
+    head = [f"median of a question, int8 (`{name}`)"]
+    for threads in by_threads:
+        head += [f"{CORES[threads]}: before", "now", "ratio"]
+    rows = [[*head, "gIoU before / now", "equal answers"]]
+    by_cost: dict[str, dict[str, dict[str, Any]]] = {}
+    for threads, one in by_threads.items():
+        for cost, row in one["costs"].items():
+            by_cost.setdefault(cost, {})[threads] = row | {"of": one["num_questions"]}
+    together = by_cost.pop(ALL_COSTS)
+    most = lambda of_cost: max(row["saved_ms"] for row in of_cost.values())  # noqa: E731
+    for cost, of_cost in [*sorted(by_cost.items(), key=lambda one: -most(one[1])), (ALL_COSTS, together)]:
+        cells = [cost]
+        for threads in by_threads:
+            times = of_cost[threads]["end_to_end_ms"] if threads in of_cost else None
+            cells += (
+                [f"{times['before']:.1f} ms", f"{times['now']:.1f} ms", f"{times['ratio']:.2f}x"] if times else [""] * 3
+            )
+        row = list(of_cost.values())[-1]
+        scores = f"{row['giou']['before']:.3f} / {row['giou']['now']:.3f}"
+        rows.append([*cells, scores, f"{row['equal_answers']} of {row['of']}"])
+    return table(rows) + busy(document)
 
 
 def stages(results: Path) -> str:
@@ -235,6 +309,8 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "decoders": decoders,
         "predictor": predictor,
         "brevity": brevity,
+        "speed and accuracy": speed_accuracy,
+        "avoided costs": avoided_costs,
     },
 }
 

@@ -7,12 +7,13 @@ bundle at its own size with free replies is the reference: beside every other st
 that, question by question, with a 95 % interval over pictures, and whether it is within the gate (0.02 by default, as
 in `segzero export --gate-dataset` with int8 weights): `within` where the whole interval is, `beyond` where none of it
 is, else `open`, which more questions would settle. The front are those that nothing beats in both median latency and
-gIoU; the picture shows it.
+gIoU; the picture shows it. With `--work DIR` a run that was stopped goes on after the combinations that are done.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,9 @@ from typing import Any
 from segzero_rt.bench.child import run_child
 from segzero_rt.bundle import Bundle
 from segzero_rt.commands.options import positive_integer
+from segzero_rt.commands.output_files import write_text
 from segzero_rt.commands.progress import Progress
+from segzero_rt.environment import bundle_card
 from segzero_rt.errors import SegZeroError
 from segzero_rt.evaluation import Record, giou_loss, summarize
 
@@ -90,9 +93,28 @@ def _measure(
     measured = []
     with Progress(len(configurations), "configurations") as progress:
         for configuration in configurations:
-            measured.append((configuration, run_child(_MEASURE, {**configuration, **common})))
+            settings = {**configuration, **common}
+            done = arguments.work and arguments.work / f"{fingerprint({**settings, 'cores': arguments.cores})}.json"
+            if done and done.is_file():
+                found = json.loads(done.read_text(encoding="utf-8"))
+            else:
+                found = run_child(_MEASURE, settings)
+                if done and "problem" not in found:
+                    done.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(done, json.dumps(found))
+            measured.append((configuration, found))
             progress.step(label(configuration))
     return measured
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """A name for what was measured: the bundle's contents count, not where it lies.
+
+    Raises:
+        BundleError: not a bundle.
+    """
+    contents = {**settings, "bundle": bundle_card(Bundle.open(settings["bundle"], verify="size"))}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def label(configuration: Mapping[str, Any]) -> str:
@@ -205,6 +227,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=0.02, metavar="GIOU", help="largest loss within the gate (0.02)")
     parser.add_argument("--cores", type=positive_integer, default=2, metavar="N", help="that processes may use (2)")
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="of each graph (default: the cores)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep what is measured, and go on from there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latency against gIoU (needs matplotlib)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the result file")
     arguments = parser.parse_args(argv)

@@ -161,6 +161,31 @@ def test_the_reference_comes_first_and_no_combination_twice() -> None:
     assert names[0] == "int8 280 px free" and len(set(names)) == len(names) == 2 * 2 * 2
 
 
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def run_child(_: str, settings: dict[str, Any]) -> dict[str, Any]:
+        asked.append((settings["reply"], settings["questions"]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"problem": "no such side"} if settings["reply"] == "tokens:1" else found([0.5], 10)
+
+    monkeypatch.setattr(speed_accuracy, "run_child", run_child)
+    monkeypatch.setattr(speed_accuracy, "pin_to_cores", lambda count: None)
+    command = ["test", "--bundle", f"int8={EMBEDDED}", "--replies", "free,tokens:1,think:0", "--out", str(tmp_path)]
+    kept = [*command, "--work", str(tmp_path / "work")]
+    with pytest.raises(KeyboardInterrupt):
+        speed_accuracy.main(kept)
+    assert speed_accuracy.main(kept) == 0
+    assert [reply for reply, _ in asked[3:]] == ["tokens:1", "think:0"], "what failed is tried again, what is done not"
+    (result,) = tmp_path.glob("speed_accuracy_*.json")
+    assert [row["reply"] for row in json.loads(result.read_text())["configurations"]] == ["free", "think:0"]
+    del asked[2:]  # so that nothing is interrupted any more
+    asked += [("", 0)] * 3
+    assert speed_accuracy.main([*kept, "--questions", "7"]) == 0
+    assert asked[5:] == [("free", 7), ("tokens:1", 7), ("think:0", 7)], "other questions are another measurement"
+
+
 @pytest.mark.parametrize(
     "options",
     [[], ["--bundle", "x"], ["--bundle", "a=x", "--bundle", "a=y"], ["--bundle", "a=x", "--sides", "1,x"],
