@@ -31,7 +31,6 @@ from segzero_rt.bundle import Bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.dataset import Sample, read_dataset
 from segzero_rt.environment import bundle_card
-from segzero_rt.errors import SegZeroError
 from segzero_rt.evaluation import Record, giou_loss, score_sample
 from segzero_rt.graph import Graph, default_threads
 from segzero_rt.image import ImageRgb
@@ -41,7 +40,7 @@ from segzero_rt.policy import policy_specs
 from segzero_rt.segmentation import Segmentation
 from segzero_rt.segmenter import ImageEncoder
 
-from .measuring import RESULTS, paired, pin_to_cores, write_result
+from .measuring import RESULTS, paired, pin_to_cores, run_and_exit, write_result
 
 Ask = Callable[[ImageRgb, str], Segmentation]
 ALL_COSTS = "all of these"
@@ -206,7 +205,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     costs = [cost for cost in COSTS if cost.least_cores <= arguments.only_threads]
     if arguments.portable:
         portable = Bundle.open(arguments.portable)
-        costs.insert(-1, Cost(name=PORTABLE, make=lambda _: as_it_is(portable)))
+        costs[-1:] = [
+            Cost(name=PORTABLE, make=lambda _: as_it_is(portable)),
+            Cost(name=ALL_COSTS, make=lambda _: none_saved(portable)),
+        ]
     rows = {}
     for cost in costs:
         # Loaded anew for each, so that no guess comes from what an earlier comparison asked.
@@ -226,19 +228,15 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
+def main() -> None:
     """Runs every number of cores in a child process and writes one result file."""
     arguments = _parse()
-    try:
-        if arguments.only_threads:
-            print(json.dumps(measure(arguments)))
-            return 0
-        read_dataset(arguments.test, limit=1)  # refused here, in one line, not in a child
-        for folder in filter(None, (arguments.bundle, arguments.portable)):
-            Bundle.open(folder, verify="size")
-    except SegZeroError as error:
-        print(f"avoided_costs: {error}", file=sys.stderr)
-        return 2
+    if arguments.only_threads:
+        print(json.dumps(measure(arguments)))
+        return
+    read_dataset(arguments.test, limit=1)  # refused here, in one line, not in a child
+    for folder in filter(None, (arguments.bundle, arguments.portable)):
+        Bundle.open(folder, verify="size")
     by_threads = {}
     for threads in arguments.threads:
         command = [sys.executable, "-m", "benchmarks.avoided_costs", *sys.argv[1:], "--only-threads", str(threads)]
@@ -247,7 +245,6 @@ def main() -> int:
     document = {"dataset": arguments.test.name, "by_threads": by_threads}
     path = write_result("avoided_costs", document, arguments.out, variant=arguments.variant)
     print(json.dumps({"result": path.name, **document}))
-    return 0
 
 
 def _parse() -> argparse.Namespace:
@@ -264,4 +261,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main, "avoided_costs")

@@ -28,7 +28,7 @@ from segzero_rt.commands.bench import Task, make_tasks
 from segzero_rt.environment import bundle_card
 from segzero_rt.evaluation import mask_overlap, percentiles
 
-from .measuring import RESULTS, paired, pin_to_cores, write_result
+from .measuring import RESULTS, check_files, paired, pin_to_cores, run_and_exit, write_result
 
 if TYPE_CHECKING:  # both runtimes are imported in the pinned child only
     from segzero_rt.pipeline import SegZero
@@ -46,6 +46,7 @@ def main() -> None:
     if arguments.only_threads:
         print(json.dumps(_measure_here(arguments)))
         return
+    check_files(arguments.policy / "config.json", arguments.segmenter / "config.json")
     by_threads = {}
     for threads in arguments.threads:
         command = [sys.executable, "-m", "benchmarks.baseline", *sys.argv[1:], "--only-threads", str(threads)]
@@ -204,4 +205,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "baseline")

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .measuring import RESULTS, pin_to_cores, write_result
+from .measuring import RESULTS, pin_to_cores, run_and_exit, write_result
 
 PEERS = Path(__file__).parent / "peers"
 STORAGE = {4: "int4", 32: "float32"}
@@ -243,4 +243,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "decoder_peers")

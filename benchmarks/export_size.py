@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2
@@ -94,4 +94,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "export_size")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from segzero_rt.bundle import Bundle
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 from .process import ROOT, run_once
 
 
@@ -55,4 +55,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "large_answer")

@@ -9,12 +9,13 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from segzero_rt.commands.output_files import write_text
 from segzero_rt.environment import environment_card
+from segzero_rt.errors import SegZeroError
 from segzero_rt.graph import default_threads
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,6 +23,32 @@ PACKAGES = (
     *("segzero-rt", "numpy", "onnxruntime", "opencv-python-headless", "pillow", "tokenizers"),
     *("torch", "transformers", "safetensors", "trl", "accelerate"),
 )
+
+
+def run_and_exit(main: Callable[[], int | None], name: str) -> NoReturn:
+    """Ends the process with the status that `main` gives, or with 2 and one line where its input is refused.
+
+    Args:
+        name: what the line begins with.
+    """
+    try:
+        sys.exit(main())
+    except (SegZeroError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+    except subprocess.CalledProcessError:
+        pass  # a child has said it already
+    sys.exit(2)
+
+
+def check_files(*paths: Path) -> None:
+    """Refuses what would fail in a child, minutes later.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected a file, found none; check the path")
 
 
 def pin_to_cores(count: int) -> None:

@@ -26,7 +26,7 @@ from segzero_rt.evaluation import Predict, Record, evaluate, summarize
 from segzero_rt.pipeline import SegZero
 from training.question_scenes import SPLIT_QUERY_KINDS, write_samples
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 TEST = "test"
 
@@ -129,4 +129,4 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main, "ood_splits")

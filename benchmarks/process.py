@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .measuring import RESULTS, paired, write_result
+from .measuring import RESULTS, check_files, paired, run_and_exit, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +37,7 @@ class Run:
 def main() -> None:
     """Times both commands in turn and writes one result file."""
     arguments = _parse()
+    check_files(arguments.image, arguments.policy / "config.json", arguments.segmenter / "config.json")
     commands = make_commands(arguments)
     warm = {name: run_once(command, cores=arguments.threads) for name, command in commands.items()}
     check_answers(warm["segzero"].document, warm["baseline"].document)
@@ -141,4 +142,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "process")

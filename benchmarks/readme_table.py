@@ -94,8 +94,8 @@ def _scores(document: dict[str, Any], of_kind: Callable[[Any], float] = lambda k
 def speed(results: Path) -> str:
     """Questions and whole processes against transformers."""
     rows = [["speed on x86-64, medians of one run with both sides", "segzero-rt", "transformers", "ratio"]]
-    command = " (`python -m benchmarks.baseline`)"
     for storage, shown in (("float16", "float16 weights"), ("int8", "int8 as it ships")):
+        command = f" (`python -m benchmarks.baseline{' --time-different' * (storage == 'int8')}`)"
         for threads, side in newest(f"baseline_{storage}", results)[1]["by_threads"].items():
             rows.append([f"one question, {shown}, {CORES[threads]}: {_sameness(side)}{command}", *_times(side)])
             command = ""
@@ -218,9 +218,15 @@ def speed_accuracy(results: Path) -> str:
 
 def avoided_costs(results: Path) -> str:
     """What a question would take without each saving, beside what it takes."""
-    name, document = newest("avoided_costs", results)
+    return "\n\n".join(
+        _avoided_costs(storage, *newest(name, results))
+        for storage, name in (("float16", "avoided_costs_float16"), ("int8", "avoided_costs"))
+    )
+
+
+def _avoided_costs(storage: str, name: str, document: dict[str, Any]) -> str:
     by_threads = document["by_threads"]
-    head = [f"median of a question, int8 (`{name}`)"]
+    head = [f"median of a question, {storage} (`{name}`)"]
     for threads in by_threads:
         head += [f"{CORES[threads]}: before", "now", "ratio"]
     rows = [[*head, "gIoU before / now", "equal answers"]]

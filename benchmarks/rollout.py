@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .measuring import RESULTS, pin_to_cores, write_result
+from .measuring import RESULTS, pin_to_cores, run_and_exit, write_result
 
 if TYPE_CHECKING:  # torch and TRL are imported once the process is pinned
     from training.grpo import GrpoRun
@@ -277,4 +277,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "rollout")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .measuring import RESULTS, pin_to_cores, write_result
+from .measuring import RESULTS, pin_to_cores, run_and_exit, write_result
 
 OWN_TOKENS = 48
 """Tokens that each reply has written before."""
@@ -158,4 +158,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "rollout_decoders")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .measuring import RESULTS, paired, pin_to_cores, write_result
+from .measuring import RESULTS, paired, pin_to_cores, run_and_exit, write_result
 from .segmenter_parity import SIZES, random_segmenter
 
 MAX_ERROR = 1e-4
@@ -129,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "segmenter_encoder")

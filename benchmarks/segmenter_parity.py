@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 if TYPE_CHECKING:
     from transformers import Sam2Model
@@ -109,4 +109,4 @@ def _in_own_process(size: str, flavour: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "segmenter_parity")

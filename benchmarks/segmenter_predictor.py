@@ -24,7 +24,7 @@ from segzero_rt.answer import Prompt
 from segzero_rt.graph import Graph
 from segzero_rt.segmenter import ImageEncoder, MaskDecoder
 
-from .measuring import RESULTS, paired, pin_to_cores, write_result
+from .measuring import RESULTS, paired, pin_to_cores, run_and_exit, write_result
 
 TESTS = Path(__file__).parent.parent / "tests"
 BOX_XYXY, POINT_XY = (100.0, 200.0, 500.0, 700.0), (250.0, 300.0)
@@ -128,4 +128,4 @@ def measure(ours: Run, theirs: Run, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "segmenter_predictor")

@@ -24,7 +24,7 @@ import numpy as np
 from segzero_rt.answer import Prompt
 from segzero_rt.mask import mask_iou, tight_boxes
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 ASSETS = Path(__file__).resolve().parents[1] / "../shared/assets/images"
 DAVIS = "davis_car-shadow"
@@ -219,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "segmenter_quality")

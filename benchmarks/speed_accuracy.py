@@ -29,7 +29,7 @@ from segzero_rt.environment import bundle_card
 from segzero_rt.errors import SegZeroError
 from segzero_rt.evaluation import Record, giou_loss, summarize
 
-from .measuring import RESULTS, pin_to_cores, write_result
+from .measuring import RESULTS, pin_to_cores, run_and_exit, write_result
 from .speed_accuracy_run import ReplyRule
 
 WITHIN, BEYOND, OPEN = "within", "beyond", "open"
@@ -260,4 +260,4 @@ def _replies(text: str) -> list[ReplyRule]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main, "speed_accuracy")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .measuring import RESULTS, pin_to_cores, write_result
+from .measuring import RESULTS, pin_to_cores, run_and_exit, write_result
 
 
 def main() -> None:
@@ -50,4 +50,4 @@ def bench(options: list[str], threads: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "stages")

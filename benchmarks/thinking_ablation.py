@@ -38,7 +38,7 @@ from segzero_rt.evaluation import Record, box_ious, giou_interval, score_sample
 from segzero_rt.pipeline import SegZero
 from segzero_rt.segmentation import Segmentation
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 MATCH_IOU = 0.5
 CONDITIONS = ("normal", "removed", "shuffled", "swapped")
@@ -301,4 +301,4 @@ def told(samples: Sequence[Sample], what: str) -> Sequence[Sample]:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "thinking_ablation")

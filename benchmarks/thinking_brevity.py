@@ -22,7 +22,7 @@ from segzero_rt.dataset import Sample, read_dataset
 from segzero_rt.evaluation import Record, score_sample
 from segzero_rt.pipeline import SegZero
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 from .thinking_ablation import BundleSubject, Subject, forced_start, giou_by_kind, told
 
 _PLACE = re.compile(
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "thinking_brevity")

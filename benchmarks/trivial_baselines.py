@@ -36,7 +36,7 @@ from segzero_rt.evaluation import Predict, box_ious, evaluate, summarize
 from segzero_rt.mask import tight_boxes
 from segzero_rt.segmentation import Segmentation
 
-from .measuring import RESULTS, write_result
+from .measuring import RESULTS, run_and_exit, write_result
 
 Box = tuple[float, float, float, float]
 _RIDGE = 1.0
@@ -256,4 +256,4 @@ def _is_known(box: Box, known: Sequence[Box]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "trivial_baselines")

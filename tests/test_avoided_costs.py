@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import avoided_costs
 from benchmarks.avoided_costs import ALL_COSTS, COSTS, as_it_is, compare, reference_kernels
+from benchmarks.measuring import run_and_exit
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.bundle import EMBEDDED, Bundle
 from segzero_rt.dataset import DatasetWriter, LabeledObject, Sample, read_dataset
@@ -95,7 +96,7 @@ def test_writes_a_result_of_every_cost(
     monkeypatch.setattr(
         sys, "argv", ["x", str(questions), "--questions", "1", "--threads", "1", "--out", str(tmp_path)]
     )
-    assert avoided_costs.main() == 0
+    avoided_costs.main()
     (result,) = tmp_path.glob("avoided_costs_*cores_*.json")
     one: dict[str, Any] = json.loads(result.read_text())["by_threads"]["1"]
     assert list(one["costs"]) == [cost.name for cost in COSTS if cost.least_cores == 1]
@@ -117,6 +118,8 @@ def test_bad_input_is_one_line(
 ) -> None:  # fmt: skip
     given = [str(questions) if one == "SET" else one for one in options]
     monkeypatch.setattr(sys, "argv", ["x", *given, "--out", str(tmp_path)])
-    assert avoided_costs.main() == 2
+    with pytest.raises(SystemExit) as ended:
+        run_and_exit(avoided_costs.main, "avoided_costs")
+    assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and message in told.err and not told.out and not list(tmp_path.iterdir())

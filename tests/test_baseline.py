@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.baseline import interleave
-from benchmarks.measuring import paired, write_result
+from benchmarks.measuring import check_files, paired, run_and_exit, write_result
 from benchmarks.process import check_answers, run_once
 from segzero_rt.commands.bench import Task, draw_picture
+from segzero_rt.errors import DatasetError
 from segzero_rt.graph import default_threads
 from segzero_rt.mask import mask_iou
 
@@ -37,6 +38,40 @@ def test_paired_by_hand() -> None:
 def test_paired_refuses(ours: list[float], theirs: list[float]) -> None:
     with pytest.raises(ValueError, match="one length"):
         paired(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "status", "line"),
+    [
+        pytest.param(None, None, "", id="nothing"),
+        pytest.param(0, 0, "", id="zero"),
+        pytest.param(DatasetError("expected a folder"), 2, "some: expected a folder\n", id="refused"),
+        pytest.param(FileNotFoundError(2, "No such file", "x"), 2, "some: [Errno 2] No such file: 'x'\n", id="no file"),
+        pytest.param(subprocess.CalledProcessError(2, ["child"]), 2, "", id="a child has said it"),
+    ],
+)
+def test_a_program_refuses_in_one_line(
+    ends_with: Any, status: int | None, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program() -> int | None:
+        if isinstance(ends_with, Exception):
+            raise ends_with
+        return ends_with
+
+    with pytest.raises(SystemExit) as ended:
+        run_and_exit(program, "some")
+    assert ended.value.code == status and capsys.readouterr().err == line
+
+
+def test_files_that_a_child_would_miss(tmp_path: Path) -> None:
+    check_files(Path(__file__))
+    with pytest.raises(FileNotFoundError, match=r"config.json: expected a file"):
+        check_files(Path(__file__), tmp_path / "config.json")
+
+
+def test_a_program_that_is_broken_shows_where() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_and_exit(lambda: 1 // 0, "some")
 
 
 def test_interleave_takes_turns_and_keeps_sides_apart() -> None:
