@@ -94,7 +94,7 @@ class EmulatedArm64:
             return subprocess.run(
                 [str(part) for part in command],
                 cwd=folder,
-                env={**os.environ, "SEGZERO_CACHE": str(self.folder / "cache"), **(environment or {})},
+                env={**os.environ, **self._variables(), **(environment or {})},
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -104,6 +104,11 @@ class EmulatedArm64:
         except subprocess.TimeoutExpired:
             shown = " ".join(map(str, command[1:4]))
             raise MachineError(f"expected `{shown} …` to end on arm64, it did not in {timeout_s:.0f} s") from None
+
+    def _variables(self) -> dict[str, str]:
+        """In place of the host's own."""
+        compiler = str(self.folder / "bin/c++")
+        return {"SEGZERO_CACHE": str(self.folder / "cache"), "CC": compiler, "CXX": compiler}
 
     def packages(self) -> dict[str, str]:
         """Versions of what is installed, by name."""
@@ -151,6 +156,7 @@ def make_machine(folder: Path, pins: Sequence[str] = ()) -> EmulatedArm64:
     """
     _check_host(folder)
     if (folder / _FINISHED).is_file() and (folder / _FINISHED).read_text("utf-8") == _recipe(pins):
+        _write_programs(folder.resolve(), _python_version(folder / "root"))  # as they are written now
         (folder / _FINISHED).touch()  # for make, which compares times
         return EmulatedArm64.open(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -274,7 +280,8 @@ def _write_programs(folder: Path, version: str) -> None:
     _write_program(
         folder / "bin/python",
         "unset LD_LIBRARY_PATH LD_PRELOAD PYTHONHOME",  # meant for the host's programs
-        f'export CC="{folder}/bin/c++" CXX="{folder}/bin/c++"',
+        # Whoever names a compiler has that one, also where what is emulated starts this Python again.
+        f'export CC="${{CC:-{folder}/bin/c++}}" CXX="${{CXX:-{folder}/bin/c++}}"',
         f'exec "{qemu}" -cpu {PROCESSOR} -L "{root}" -0 "{folder}/bin/python" "{root}/usr/bin/python{version}" "$@"',
     )
     # As the wheel's entry point says; a script of the host's pip would name the host's Python.

@@ -7,6 +7,7 @@ runtime's tests. Floats differ a little from x86's, since other instructions add
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -137,6 +138,30 @@ def test_where_it_cannot_be_made_it_says_why(
     with pytest.raises(MachineError, match=message):
         make_machine(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_programs_keep_a_compiler_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is emulated may start Python again with another one; the host's own never gets in."""
+    for name in ("root/usr/bin", "tools/usr/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "root/usr/bin/python3").symlink_to("python3.11")
+    qemu = tmp_path / "tools/usr/bin/qemu-aarch64-static"
+    qemu.write_text('#!/bin/sh\necho "$CC $CXX"\n')
+    qemu.chmod(0o755)
+    (tmp_path / "emulated_arm64").touch()
+    (tmp_path / "finished").write_text(emulated_arm64._recipe([]))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("CXX", "the-hosts")
+    machine = make_machine(tmp_path)
+    own = f"{machine.folder}/bin/c++"
+
+    def told(**environment: str) -> list[str]:
+        return machine.run([machine.python], timeout_s=60, environment=environment).stdout.split()
+
+    assert told() == [own, own] and told(CXX="mine") == [own, "mine"]
+    assert (
+        subprocess.run([machine.python], capture_output=True, text=True, env={}, check=True).stdout.split() == [own] * 2
+    )
 
 
 def test_a_step_that_fails_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
