@@ -1,0 +1,157 @@
+// Products of bfloat16 in AMX tiles, summed in float32, and what goes with them in AVX-512.
+//
+// A tile has 16 rows of 64 bytes. Of a product's left factor it holds 16 rows of 32 numbers; of the right factor, packed
+// ahead, 32 rows of 16 columns, two rows interleaved; of the sum 16 rows of 16. Two by two sums use each load twice.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+namespace segzero {
+
+using Bfloat16 = uint16_t;
+
+constexpr size_t kSide = 16;     // rows and columns of a tile of sums
+constexpr size_t kDepth = 32;    // numbers of a product that one tile instruction sums up
+constexpr size_t kRows = 32;     // rows that are worked on at a time: two tiles
+constexpr size_t kTile = 512;    // numbers in a packed tile
+
+constexpr size_t up(size_t count, size_t to) { return (count + to - 1) / to; }
+
+// Memory that begins where a cache line does.
+template <typename T>
+class Aligned {
+public:
+    Aligned() = default;
+    explicit Aligned(size_t count) { grow(count); }
+    Aligned(const Aligned&) = delete;
+    Aligned& operator=(const Aligned&) = delete;
+    ~Aligned() { ::operator delete[](data_, std::align_val_t(64)); }
+
+    // At least so many numbers, zeros where they are new; what was there before is lost.
+    T* grow(size_t count) {
+        if (count > count_) {
+            ::operator delete[](data_, std::align_val_t(64));
+            data_ = nullptr;
+            data_ = static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64)));
+            std::memset(data_, 0, count * sizeof(T));
+            count_ = count;
+        }
+        return data_;
+    }
+    const T* data() const { return data_; }
+
+private:
+    T* data_ = nullptr;
+    size_t count_ = 0;
+};
+
+inline Bfloat16 rounded(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return static_cast<Bfloat16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void store_rounded(Bfloat16* to, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// The tiles of this thread while it lives: 0 to 3 sums, 4 and 5 left factors, 6 and 7 right ones.
+class TileScope {
+public:
+    TileScope() {
+        alignas(64) uint8_t config[64] = {1};
+        for (int tile = 0; tile < 8; ++tile) {
+            config[16 + 2 * tile] = 64;
+            config[48 + tile] = kSide;
+        }
+        _tile_loadconfig(config);
+    }
+    TileScope(const TileScope&) = delete;
+    TileScope& operator=(const TileScope&) = delete;
+    ~TileScope() { _tile_release(); }
+};
+
+// Sums of 32 rows and 16 or 32 columns, to `sums` [32, 32].
+//   left: [32, depths * 32]; right: packed tiles, those of a column one behind the other.
+template <bool kPair>
+inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right, float* sums) {
+    const size_t stride = depths * kDepth * sizeof(Bfloat16);
+    const Bfloat16* lower = left + kSide * depths * kDepth;
+    const Bfloat16* second = right + depths * kTile;
+    _tile_zero(0);
+    _tile_zero(2);
+    if (kPair) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+    for (size_t depth = 0; depth < depths; ++depth) {
+        _tile_loadd(4, left + depth * kDepth, stride);
+        _tile_loadd(6, right + depth * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, lower + depth * kDepth, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if (kPair) {
+            _tile_loadd(7, second + depth * kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    constexpr size_t kStride = kRows * sizeof(float);
+    _tile_stored(0, sums, kStride);
+    _tile_stored(2, sums + kSide * kRows, kStride);
+    if (kPair) {
+        _tile_stored(1, sums + kSide, kStride);
+        _tile_stored(3, sums + kSide * kRows + kSide, kStride);
+    }
+}
+
+// All columns of 32 rows: `take(column, sums)` gets [32, .] sums of 16 columns, 32 apart, for each 16 columns.
+template <typename Take>
+inline void multiply_rows(const Bfloat16* left, size_t depths, const Bfloat16* right, size_t columns, Take take) {
+    alignas(64) float sums[kRows * kRows];
+    for (size_t column = 0; column < columns; column += 2 * kSide) {
+        const Bfloat16* tiles = right + column / kSide * depths * kTile;
+        if (column + kSide < columns) {
+            multiply<true>(left, depths, tiles, sums);
+            take(column, sums);
+            take(column + kSide, sums + kSide);
+        } else {
+            multiply<false>(left, depths, tiles, sums);
+            take(column, sums);
+        }
+    }
+}
+
+// A weight [depth, columns] as packed tiles; whole numbers of 8 bits are exact in bfloat16.
+template <typename T>
+inline void pack_weight(const T* weight, size_t depth, size_t columns, Aligned<Bfloat16>& packed) {
+    const size_t depths = up(depth, kDepth);
+    Bfloat16* to = packed.grow(columns * depths * kDepth);
+    for (size_t row = 0; row < depth; ++row)
+        for (size_t column = 0; column < columns; ++column) {
+            const size_t tile = column / kSide * depths + row / kDepth;
+            const size_t place = row % kDepth / 2 * 2 * kSide + column % kSide * 2 + row % 2;
+            to[tile * kTile + place] = rounded(static_cast<float>(weight[row * columns + column]));
+        }
+}
+
+// e^x for x <= 0, to 1e-6 of it.
+inline __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    const __m512 turns = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    const __m512 rest = _mm512_fnmadd_ps(turns, _mm512_set1_ps(0.693147181f), x);
+    __m512 sum = _mm512_set1_ps(8.3334e-3f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.16666e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.166666667f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.5f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, turns);
+}
+
+}  // namespace segzero
