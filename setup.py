@@ -69,7 +69,7 @@ DEV = [
 ]
 
 
-KERNELS = "segzero_rt/kernels"
+KERNELS, OPERATORS = "segzero_rt/kernels", "segzero_rt/operators"
 
 
 def kernel_modules() -> list[Extension]:
@@ -79,9 +79,11 @@ def kernel_modules() -> list[Extension]:
     if os.environ.get("SEGZERO_EXTENSION") == "0" or os.name != "posix" or not any(map(shutil.which, compiler)):
         return []
     variants = {facts["MODULE_NAME"]: ()}
+    operators = []
     if platform.machine() in ("x86_64", "AMD64"):
         variants[facts["FAST_MODULE_NAME"]] = facts["FAST_FLAGS"]
-    return [
+        operators.append(operators_library())
+    return operators + [
         Extension(
             f"segzero_rt.kernels.{name}",
             [f"{KERNELS}/{facts['MODULE_SOURCE']}"],
@@ -92,6 +94,19 @@ def kernel_modules() -> list[Extension]:
         )
         for name, flags in variants.items()
     ]
+
+
+def operators_library() -> Extension:
+    """The compiled operators: no module of Python's, but a library that ONNX Runtime loads."""
+    facts = runpy.run_path(str(HERE / OPERATORS / "sources.py"))
+    return Extension(
+        f"segzero_rt.operators.{facts['LIBRARY_NAME']}",
+        [f"{OPERATORS}/{facts['SOURCE']}"],
+        define_macros=list(facts["macros"]()),
+        extra_compile_args=list(facts["FLAGS"]),
+        language="c++",
+        optional=True,
+    )
 
 
 class CleanBuildPy(build_py):
@@ -120,6 +135,7 @@ setup(
         "segzero_rt.commands",
         "segzero_rt.engines",
         "segzero_rt.kernels",
+        "segzero_rt.operators",
         "segzero_rt.preflight",
         "segzero_rt.readers",
         "segzero_rt.resident",
@@ -138,6 +154,7 @@ setup(
     package_data={
         "segzero_rt": ["py.typed", "bundles/*/*", "bundles/*/*/*"],
         "segzero_rt.kernels": ["*.cpp", "*.cu", "*.cuh", "*.hpp"],
+        "segzero_rt.operators": ["*.cpp", "*.hpp"],
         "segzero_rt.training": ["accelerate/*.yaml"],
     },
     install_requires=CORE,

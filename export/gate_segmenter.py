@@ -25,7 +25,9 @@ from segzero_rt.graph_spec_segmenter import (
     LABEL_OUTSIDE,
     LABEL_TOP_LEFT,
 )
+from segzero_rt.operators.library import resolve_operators
 
+from .operators import uses_operators
 from .segmenter_specs import SegmenterFiles, segmenter_specs
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,22 +124,28 @@ def gate_segmenter(
         ExportError: a figure is beyond its limit.
     """
     specs = segmenter_specs(model)
-    encoder = Graph.load(files.encoder, specs.encoder, backend="cpu") if optimized else AsWritten(files.encoder)
+    encoders: list[Graph | AsWritten] = [AsWritten(files.encoder)]
+    if optimized:
+        # with compiled operators where they are, and without as on any other processor: either is to pass
+        builds = [False, *([True] if resolve_operators().path and uses_operators(files.encoder) else [])]
+        encoders = [Graph.load(files.encoder, specs.encoder, backend="cpu", operators=one) for one in builds]
     decoder = Graph.load(files.decoder, specs.decoder, backend="cpu")
     masks = Graph.load(files.mask_prompt, specs.mask_prompt, backend="cpu") if files.mask_prompt else None
     rng = np.random.default_rng(0)
     figures = _Figures()
     for batch in pixels:
-        features = encoder.run({"pixel_values": batch})
+        each = [encoder.run({"pixel_values": batch}) for encoder in encoders]
         with torch.no_grad():
             embeddings = model.get_image_embeddings(torch.from_numpy(batch))
-        figures.add_features(features, embeddings)
+        for features in each:
+            figures.add_features(features, embeddings)
         for case in _CASES:
             if case.mask and masks is None:
                 continue
             prompts = _gate_prompts(rng, batch.shape[-1], len(batch), case)
-            ours = _answer(decoder, masks, features, prompts)
-            figures.add_masks(ours, *_reference_masks(model, embeddings, prompts))
+            reference = _reference_masks(model, embeddings, prompts)
+            for features in each:
+                figures.add_masks(_answer(decoder, masks, features, prompts), *reference)
     record = figures.record() | {"limits": asdict(limits)}
     _check(record, limits)
     return record

@@ -23,8 +23,10 @@ from onnx import helper, numpy_helper
 
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
+from segzero_rt.operators import DOMAIN
 
 from .lazy_weight import Weight
+from .operators import operator_function
 from .precisions import COMPUTED, EXPLICIT_STORAGES, POLICY_STORAGES, QUANTIZED_STORAGES
 from .precisions import STORAGES as STORAGES
 from .weight_encoding import BLOCK, FLOATS, FloatEncoding, Int4Encoding, Int8Encoding, Stored
@@ -49,6 +51,10 @@ _QUICK_GELU = 1.702
 _TANH_GELU_SLOPE, _TANH_GELU_CUBE = (2 / math.pi) ** 0.5, 0.044715
 INT8_COMPUTE = 4
 """MatMulNBits' accuracy level at which the other factor is rounded to 8 bits as it comes."""
+
+
+_Layer = tuple[str, np.ndarray, np.ndarray]
+"""Name, weight and bias."""
 
 
 class GraphBuilder:
@@ -93,6 +99,7 @@ class GraphBuilder:
         self._initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._quantized: dict[str, list[str]] = {}
+        self._operators: dict[str, onnx.FunctionProto] = {}
         self._made: dict[str, str] = {}
         """What weights of a name in the file are called in the graph."""
         self._same_weights = False
@@ -129,6 +136,11 @@ class GraphBuilder:
         name = next(output for output in outputs if output) + ":" + op
         self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes))
         return list(outputs)
+
+    def operator(self, name: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Adds a node of one of `operators.OPERATORS`, and to the graph what it computes."""
+        self._operators[name] = operator_function(name, self.opset)
+        return self.node(name, inputs, domain=DOMAIN, **attributes)
 
     def name(self, hint: str) -> str:
         """A fresh tensor name in the current scope."""
@@ -231,19 +243,41 @@ class GraphBuilder:
 
         Where `x` has one product alone, ONNX Runtime makes both nodes one, `DynamicQuantizeMatMul`.
         """
-        path = "/".join([*self._path, name])
-        encoding = Int8Encoding(path, weight, name=f"{path}.weight:int8", scale_name=f"{path}.scale")
-        if not self._same_weights or f"{path}.weight:int8" not in self._made:
-            self._initializers.extend(self.store.add(encoding))
-            self._made[f"{path}.weight:int8"] = f"{path}.weight:int8"
+        stored, scale = self.int8_weight(name, weight)
         if x not in self._quantized:
             parts = [self._fresh(f"{name}.input:{part}") for part in ("uint8", "scale", "zero")]
             self._quantized[x] = self.nodes("DynamicQuantizeLinear", [x], parts)
         values, step, zero = self._quantized[x]
-        inputs = [values, f"{path}.weight:int8", step, f"{path}.scale", zero]
+        inputs = [values, stored, step, scale, zero]
         if bias is not None:
             inputs += ["", self.weight(f"{name}.bias", bias)]
         return self.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+
+    def int8_weight(self, name: str, weight: Weight) -> tuple[str, str]:
+        """A layer's weight as int8 [in, out], and its scales [out]."""
+        path = "/".join([*self._path, name])
+        stored, scale = f"{path}.weight:int8", f"{path}.scale"
+        if not self._same_weights or stored not in self._made:
+            self._initializers.extend(self.store.add(Int8Encoding(path, weight, name=stored, scale_name=scale)))
+            self._made[stored] = stored
+        return stored, scale
+
+    def mlp(self, x: str, norm: _Layer, first: _Layer, second: _Layer, epsilon: float, *, in_floats: bool) -> str:
+        """`x + second(gelu(first(norm(x))))` as one operator, by rows.
+
+        Args:
+            norm, first, second: their names, weights (of a linear layer as PyTorch keeps it) and biases.
+            in_floats: weights stored as floats, whatever the storage.
+        """
+        name, scale, shift = norm
+        inputs = [x, self.weight(f"{name}.weight", scale), self.weight(f"{name}.bias", shift)]
+        for name, weight, bias in (first, second):
+            if in_floats:
+                inputs.append(self._float_weight(f"{name}.weight", weight, transposed=True))
+            else:
+                inputs.extend(self.int8_weight(name, Weight.of(weight)))
+            inputs.append(self.weight(f"{name}.bias", bias))
+        return self.operator("Mlp" if in_floats else "Int8Mlp", inputs, epsilon=epsilon)
 
     def _four_bit_linear(self, x: str, name: str, weight: Weight, bias: np.ndarray | Weight | None) -> str:
         """Weights in 4 bits with one scale per block of a row; `x` is rounded to 8 bits as it comes."""
@@ -396,9 +430,12 @@ class GraphBuilder:
             self._initializers,
         )
         opsets = [helper.make_opsetid("", self.opset)]
-        if any(node.domain == MICROSOFT for node in self._nodes):
+        if self._operators or any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
-        model = helper.make_model(graph, opset_imports=opsets, producer_name="segzero-rt")
+        if self._operators:
+            opsets.append(helper.make_opsetid(DOMAIN, 1))
+        functions = list(self._operators.values())
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="segzero-rt", functions=functions)
         model.ir_version = _IR_VERSIONS[self.opset]
         return model
 

@@ -14,7 +14,8 @@ Where this departs from transformers' `Sam2VisionModel` (same numbers, other ari
 5. in small windows, flavour "ort" attends head by head, each from projections of its own (see `SMALL_WINDOW`), or
    from none, where a product nearby takes its weight in (see `Folds`);
 6. flavour "ort" goes through the first blocks in parts that fit into a cache (see `PIECE_BYTES`);
-7. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
+7. stored in int8, flavour "ort" has attention and hidden layers as operators of `operators.py`, which mean the same;
+8. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
 
 Stored in int8, the pyramid and the narrow first blocks' way back from their hidden layer stay in floats: masks follow
 them most (of the gate's masks the worst kept 0.92 of its IoU instead of 0.83), and they take no longer so.
@@ -38,6 +39,7 @@ from segzero_rt.graph_spec import GraphSpec
 from .edgetam import RepVit
 from .edgetam_graph import add_repvit
 from .graph_builder import INT8_FROM_WIDTH, GraphBuilder
+from .operators import SIDES_DIVIDED_BY
 from .segmenter_windows import (
     Indices,
     Tokens,
@@ -231,11 +233,30 @@ class _Block:
         weight, bias = self._projection(slots)
         mixed = builder.linear(mixed, "proj", weight, bias + widened_bias, flat=True)
         residual = builder.node("Add", [residual, mixed])
+        after = self._after(tokens, groups)
+        if self._by_operators(block.dim_out, block.mlp.proj_in.out_features):
+            return replace(after, name=self._mlp(residual), width=block.dim_out)
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
         narrow = int(block.dim_out) < INT8_FROM_WIDTH
         hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True, in_floats=narrow)
-        return replace(self._after(tokens, groups), name=builder.node("Add", [residual, hidden]), width=block.dim_out)
+        return replace(after, name=builder.node("Add", [residual, hidden]), width=block.dim_out)
+
+    def _by_operators(self, *sides: int) -> bool:
+        """Whether compiled operators may take layers with these sides: they round to 8 bits of mantissa."""
+        builder = self._builder
+        return builder.fused and builder.storage == "int8" and all(side % SIDES_DIVIDED_BY == 0 for side in sides)
+
+    def _mlp(self, residual: str) -> str:
+        norm, mlp = self._block.layer_norm2, self._block.mlp
+        return self._builder.mlp(
+            residual,
+            ("norm2", _array(norm.weight), _array(norm.bias)),
+            ("fc1", *_linear(mlp.proj_in)),
+            ("fc2", *_linear(mlp.proj_out)),
+            norm.eps,
+            in_floats=int(self._block.dim_out) < INT8_FROM_WIDTH,
+        )
 
     def _attend(self, normed: str, slots: int) -> tuple[str, int]:
         """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection.
@@ -247,7 +268,11 @@ class _Block:
         if not self._head_by_head(slots):
             width = int(self._block.dim_out)
             parts = (self._queries(normed, slots, slice(0, width)), *self._keys_values(normed, slots, slice(0, width)))
-            mixed = builder.attention(*parts, num_heads=self._heads, head_dim=self._head_dim)
+            if self._by_operators(self._head_dim):
+                scale = self._head_dim**-0.5
+                mixed = builder.operator("Attention", parts, num_heads=self._heads, scale=scale)
+            else:
+                mixed = builder.attention(*parts, num_heads=self._heads, head_dim=self._head_dim)
             return builder.reshape(mixed, [-1, width]), width
         folds, heads = self._folds(slots), []
         width = int(self._block.dim) if folds.values else self._head_dim
@@ -260,7 +285,11 @@ class _Block:
                     else self._queries(normed, slots, columns)
                 )
                 key, value = self._keys_values(normed, slots, columns, folds)
-                mixed = _attend_one_head(builder, query, key, value, self._head_dim)
+                if self._by_operators(self._head_dim, int(self._block.dim)):
+                    parts, scale = (query, key, value), self._head_dim**-0.5
+                    mixed = builder.operator("HeadAttention", parts, num_heads=1, scale=scale)
+                else:
+                    mixed = _attend_one_head(builder, query, key, value, self._head_dim)
                 heads.append(builder.reshape(mixed, [-1, width]))
         mixed = heads[0] if len(heads) == 1 else builder.node("Concat", heads, axis=-1)
         return mixed, self._heads * width

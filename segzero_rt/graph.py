@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from segzero_rt.errors import BackendError, GraphError
 from segzero_rt.external_data import check_external_data
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
+from segzero_rt.operators.library import resolve_operators
 
 if TYPE_CHECKING:  # ONNX Runtime has no stubs and must not be imported before a graph is loaded
     import types
@@ -141,12 +142,14 @@ class Graph:
         backend: str | Backend = "auto",
         threads: int | None = None,
         short_prompts: bool = False,
+        operators: bool = True,
     ) -> Graph:
         """Loads the ONNX file and checks its inputs and outputs against the spec.
 
         Args:
             threads: threads of one run, 1 to `MAX_THREADS`; all cores of this process by default.
             short_prompts: attend as is fastest for some hundred tokens, where memory for all scores is no matter.
+            operators: let compiled operators take the place of functions in the graph, on a CPU that has them.
 
         Raises:
             BackendError: the backend is not there, or cannot start.
@@ -163,6 +166,8 @@ class Graph:
         try:
             with _attention_of_whole_rows() if short_prompts else contextlib.nullcontext():
                 options = _session_options(runtime, threads or default_threads())
+                if operators and resolved.device == "cpu" and (library := resolve_operators().path) is not None:
+                    options.register_custom_ops_library(str(library))
                 providers = [*zip(resolved.providers, resolved.provider_options, strict=True)]
                 session = _open_session(runtime, path, options, providers)
         except _runtime_errors() as error:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from kernel_builds import NEEDS_COMPILER
 
+from segzero_rt.kernels.build import processor_features
+from segzero_rt.operators.sources import FEATURES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
@@ -75,7 +78,7 @@ def test_a_compiler_that_fails_is_no_reason_to_fail(tmp_path: Path) -> None:
 def test_the_extension_is_built_where_a_compiler_is_and_found_where_it_is_installed(tmp_path: Path) -> None:
     built = _build_wheel(tmp_path)
     fast = platform.machine() == "x86_64"
-    assert len(_modules(built)) == 1 + fast
+    assert len(_modules(built)) == 1 + 2 * fast, "the kernels, once more for recent x86, and its operators"
     built.extractall(tmp_path / "site")
     code = "from segzero_rt.kernels.backend import resolve_kernels; print(resolve_kernels('host').detail)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "SEGZERO_CACHE": str(tmp_path / "cache")}
@@ -84,6 +87,11 @@ def test_the_extension_is_built_where_a_compiler_is_and_found_where_it_is_instal
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout
     assert not (tmp_path / "cache").exists()
+    if processor_features() >= FEATURES:
+        found = "from segzero_rt.operators.library import resolve_operators; print(resolve_operators().detail)"
+        forced = environment | {"SEGZERO_OPERATORS": "compiled"}
+        run = subprocess.run([sys.executable, "-c", found], cwd=tmp_path, env=forced, capture_output=True, text=True)
+        assert run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout, run.stderr
     changed = tmp_path / "site/segzero_rt/kernels/masks.cuh"
     changed.write_text(changed.read_text("utf-8") + "// changed\n", "utf-8")
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -134,6 +142,10 @@ def test_the_kernels_sources_are_in_the_wheel_and_nothing_compiled(wheel: zipfil
     sources = {path.name for path in (REPOSITORY / "segzero_rt/kernels").iterdir() if path.suffix in _KERNEL_SOURCES}
     assert {"parse_prompts.cu", "postprocess_masks.cu", "host_module.cpp", "components.hpp"} <= sources
     assert {f"segzero_rt/kernels/{name}" for name in sources} <= names
+    operators = {
+        path.name for path in (REPOSITORY / "segzero_rt/operators").iterdir() if path.suffix in (".cpp", ".hpp")
+    }
+    assert operators and {f"segzero_rt/operators/{name}" for name in operators} <= names
     assert not any(name.endswith((".so", ".o", ".cubin", ".ptx", ".failed")) for name in names)
 
 
