@@ -144,7 +144,11 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(threads)
     ours = SegZero.load(arguments.bundle, backend="cpu", draft_tokens=arguments.draft_tokens)  # threads: as users get
     theirs = TransformersPipeline(
-        ours.bundle.root, arguments.policy, arguments.segmenter, round_weights=arguments.round_weights
+        ours.bundle.root,
+        arguments.policy,
+        arguments.segmenter,
+        round_weights=arguments.round_weights,
+        compiled=arguments.compiled,
     )
     tasks = list(make_tasks(arguments.images, arguments.questions))
     answers = compare_answers(ours, theirs, tasks, time_different=arguments.time_different)
@@ -161,6 +165,7 @@ def _measure_here(arguments: argparse.Namespace) -> dict[str, Any]:
         "num_questions": len(tasks),
         "num_timed": len(answers.pop("timed")),
         "draft_tokens": arguments.draft_tokens,
+        "compiled": arguments.compiled,
         **answers,
         **timings,
     }
@@ -193,6 +198,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--time-different", action="store_true", help="time questions that both answered in other words, too"
     )
+    parser.add_argument("--compiled", action="store_true", help="the baseline's models by torch.compile")
     parser.add_argument(
         "--draft-tokens", type=int, help="tokens that segzero-rt guesses ahead (default: as users get; 0: none)"
     )

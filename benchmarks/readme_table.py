@@ -99,6 +99,7 @@ def speed(results: Path) -> str:
         for threads, side in newest(f"baseline_{storage}", results)[1]["by_threads"].items():
             rows.append([f"one question, {shown}, {CORES[threads]}: {_sameness(side)}{command}", *_times(side)])
             command = ""
+        rows += _compiled_rows(storage, results)
     _, process = newest("process", results)
     wall, peak = process["wall_ms"], process["peak_bytes"]
     what = f"`segzero run` as a whole process, int8, {CORES[str(process['threads'])]}, {wall['num_pairs']} runs"
@@ -107,6 +108,20 @@ def speed(results: Path) -> str:
     bytes_ = [f"{peak[f'{side}_median'] / 1e6:.0f} MB" for side in ("segzero", "baseline")]
     rows.append(["its peak memory", *bytes_, f"{1 / peak['ratio']:.2f}"])
     return table(rows)
+
+
+def _compiled_rows(storage: str, results: Path) -> list[list[str]]:
+    """The same against compiled models, on as many cores as that was measured on."""
+    name = f"baseline_{storage}_compiled"
+    if not any(results.glob(f"{name}_*.json")):
+        return []
+    document = newest(name, results)[1]
+    beside = ", beside other work" if busy(document) else ""
+    what = f"transformers by `torch.compile`{beside} (`python -m benchmarks.baseline --compiled`)"
+    return [
+        [f"the same, {CORES[threads]}, {what}: {_sameness(side)}", *_times(side)]
+        for threads, side in document["by_threads"].items()
+    ]
 
 
 def _sameness(side: dict[str, Any]) -> str:

@@ -54,12 +54,16 @@ class Reply:
 class TransformersPipeline:
     """Loads both models; call it with a picture and a question."""
 
-    def __init__(self, bundle: Path, policy: Path, segmenter: Path, *, round_weights: bool) -> None:
+    def __init__(
+        self, bundle: Path, policy: Path, segmenter: Path, *, round_weights: bool, compiled: bool = False
+    ) -> None:
         """Sizes, constants and the answer format come from the bundle's manifest, weights from two checkpoint folders.
 
         Args:
             round_weights: round to float16 and back first, as the bundle's files store them, so that both compute with
                 the same numbers.
+            compiled: the image encoder, the vision tower and the decoder by `torch.compile`, which works in the first
+                questions. The cache grows as in eager mode: a static one was slower on a CPU.
         """
         self.manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         settings = self.manifest["policy"]
@@ -69,6 +73,10 @@ class TransformersPipeline:
         if round_weights:
             for parameter in [*self.policy.parameters(), *self.segmenter.parameters()]:
                 parameter.data = parameter.data.half().float()
+        if compiled:
+            self.segmenter.vision_encoder.forward = torch.compile(self.segmenter.vision_encoder.forward, dynamic=False)
+            for part in (self.policy.model.visual, self.policy.model.language_model):
+                part.forward = torch.compile(part.forward)
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(policy / "tokenizer.json"))
         self.processor = Qwen2VLImageProcessorPil(
             do_resize=False,  # the picture is stretched to the policy's size before, as the authors do

@@ -191,6 +191,31 @@ def test_whole_processes(tiny: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_baseline_runs_its_models_through_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler makes of them takes it a minute; that they are handed to it, and asked, is seen here."""
+    import torch
+
+    from benchmarks.transformers_pipeline import TransformersPipeline
+    from segzero_rt.bundle import EMBEDDED
+
+    asked: set[str] = set()
+
+    def record(forward: Any, **options: Any) -> Any:
+        def run(*given: Any, **named: Any) -> Any:
+            asked.add(type(forward.__self__).__name__)
+            return forward(*given, **named)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", record)
+    checkpoints = ROOT / "training" / "checkpoints" / "tabletop"
+    folders = (EMBEDDED, checkpoints / "policy", checkpoints / "segmenter")
+    pipeline = TransformersPipeline(*folders, round_weights=True, compiled=True)
+    pipeline(draw_picture(0), "the red mug", max_new_tokens=2)
+    assert len(asked) == 3 and any("Vision" in name for name in asked) and any("Text" in name for name in asked)
+
+
+@pytest.mark.slow
 def test_both_segmenters_mask_the_same() -> None:
     """With trained weights: fresh ones make logits whose signs rounding decides."""
     from benchmarks.transformers_pipeline import TransformersPipeline
