@@ -250,6 +250,14 @@ def test_draws_what_there_are_figures_for(tmp_path: Path, without: tuple[str, ..
         assert picture.shape[1] == 1200 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
 
 
+def test_refuses_to_draw_what_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["bench", "--plot", str(tmp_path / "plots"), "--scenario", "offline", "--scenario", "cold-start"]
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "--scenario single-stream" in told and "offline, cold-start" in told and told.count("\n") == 1
+    assert not (tmp_path / "plots").exists()
+
+
 def test_says_what_to_install_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

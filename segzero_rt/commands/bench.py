@@ -11,7 +11,7 @@ from segzero_rt.bench.tasks import Task, draw_picture, make_tasks
 from segzero_rt.commands import bench_report as report
 from segzero_rt.commands.options import add_bundle_options, add_policy_options, load_pipeline, positive_integer
 from segzero_rt.commands.output import print_document
-from segzero_rt.errors import DatasetError
+from segzero_rt.errors import DatasetError, OutputError
 
 if TYPE_CHECKING:  # `--help` must not import numpy
     from segzero_rt.bench.ceiling import Ceiling
@@ -33,7 +33,9 @@ Each question is on another picture; the first is timed apart. Without --images 
 they are the same everywhere. The last line is one JSON document with all of it. Comparisons with other runtimes live in
 benchmarks/ of the repository."""
 
-SCENARIOS = ("single-stream", "offline", "repeated-frame", "fixed-rate", "cold-start")
+_DRAWN = "single-stream"
+"""The scenario whose figures `--plot` draws."""
+SCENARIOS = (_DRAWN, "offline", "repeated-frame", "fixed-rate", "cold-start")
 MAX_QUESTIONS = 100_000
 """Every latency is kept for the percentiles; hours are enough of a measurement."""
 MAX_RATE_HZ = 1000.0
@@ -85,6 +87,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
     if arguments.questions > MAX_QUESTIONS:
         raise DatasetError(f"expected at most {MAX_QUESTIONS} questions, got {arguments.questions}; ask for fewer")
+    if arguments.plot is not None and _DRAWN not in (arguments.scenario or SCENARIOS):
+        given = ", ".join(dict.fromkeys(arguments.scenario))
+        raise OutputError(f"expected --scenario {_DRAWN} with --plot, which draws its figures, got {given}; add it")
     check_plotting(arguments.plot)
     tasks = list(make_tasks(arguments.images, arguments.questions))
     tell: Callable[[str], None] = (lambda _: None) if arguments.json else (lambda text: print(text, flush=True))
@@ -115,7 +120,7 @@ def measure(arguments: argparse.Namespace, tasks: Sequence[Task], tell: Callable
 
         document["cold_start"] = measure_cold_start(settings)
         tell(report.cold_start(document["cold_start"]))
-    if "single-stream" in chosen:
+    if _DRAWN in chosen:
         with Meter() as meter:
             document |= _single_stream(arguments, pipeline, tasks)
         document |= meter.reading.to_json(len(tasks))
