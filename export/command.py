@@ -188,6 +188,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="keep this product in float32 where all else is float16, as a gate asks for it; may be given repeatedly",
     )
+    parser.add_argument(
+        "--input-size",
+        type=_size_hw,
+        metavar="H,W",
+        help="pixels that the policy's pictures are resized to, in multiples of a token's side (default: the preset's)",
+    )
     parser.add_argument("--max-length", type=positive_integer, metavar="N", help="tokens of the KV cache")
     parser.add_argument("--gate-images", type=Path, metavar="DIR", help="pictures that the gates compare on")
     parser.add_argument("--gate-count", type=positive_integer, default=4, metavar="N", help="at most N of them (4)")
@@ -228,8 +234,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError(
             f"expected --no-trial, and no --gate-dataset, with --storage {NVFP4}: no CPU can run that decoder"
         )
-    if arguments.policy is None and arguments.max_length:
-        raise ExportError("expected --policy with --max-length: what --base holds is taken as it is")
+    if arguments.policy is None and (arguments.max_length or arguments.input_size):
+        raise ExportError("expected --policy with --max-length or --input-size: what --base holds is taken as it is")
     if arguments.policy is None and (arguments.int4_method or arguments.calibration):
         raise ExportError("expected --policy with --int4-method or --calibration: --base is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
@@ -305,12 +311,21 @@ def assemble(
 def _preset(arguments: argparse.Namespace) -> Preset:
     given = {
         "answer_format": arguments.format,
+        "input_size_hw": arguments.input_size,
         "flavour": arguments.flavour,
         "storage": arguments.storage,
         "computed": arguments.computed,
         "max_length": arguments.max_length,
     }
     return replace(PRESETS[arguments.preset](), **{name: value for name, value in given.items() if value is not None})
+
+
+def _size_hw(text: str) -> tuple[int, int]:
+    """An argparse type: two positive numbers with a comma between them."""
+    numbers = [int(part) for part in text.split(",") if part.isascii() and part.isdigit()]
+    if len(numbers) != 2 or text.count(",") != 1 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected a height and a width in pixels, such as 560,840, got {text[:40]!r}")
+    return numbers[0], numbers[1]
 
 
 @contextmanager

@@ -278,7 +278,7 @@ def _check(
     if any(length % cell for length in input_size_hw):
         raise ExportError(
             f"expected an input size in multiples of {cell} pixels for {checkpoint.family}, got {input_size_hw}; take "
-            "the preset of that family"
+            "the preset of that family, or another --input-size"
         )
     if strangers := [path for path in float32_products if path.partition("/")[0] not in ("vision", "decoder")]:
         raise ExportError(f"expected a product as vision/blocks.31/down, got {strangers[0]!r}")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from export import command
 from export.command import PRESETS, assemble, tabletop
 from segzero_rt.bundle import EMBEDDED, Bundle
-from segzero_rt.cli import make_parser
+from segzero_rt.cli import UsageError, make_parser
 from segzero_rt.errors import BundleError, ExportError, SegZeroError
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "training/checkpoints/tabletop/policy"
@@ -66,6 +67,8 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         (("--base", str(EMBEDDED)), "nothing to export"),
         (("--base", str(EMBEDDED), "--segmenter", "gone"), "--segmenter gone: expected a folder"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--max-length", "9"), "expected --policy"),
+        (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--input-size", "28,28"), "or --input-size"),
+        (("--base", str(EMBEDDED), "--policy", str(PUBLISHED), "--input-size", "280,290"), "multiples of 28 pixels"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--int4-method", "awq"), "--int4-method or"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--calibration", "x"), "or --calibration"),
         (("--base", str(EMBEDDED), "--segmenter", str(PUBLISHED), "--adapter", "a"), "--policy with --adapter"),
@@ -93,6 +96,8 @@ def test_checkpoints_become_a_bundle_and_a_part_of_it_can_be_replaced(
         "base alone",
         "gone beside base",
         "no policy",
+        "a size without a policy",
+        "half a token",
         "4 bits without a policy",
         "a calibration without a policy",
         "an adapter without a policy",
@@ -180,11 +185,23 @@ def test_the_work_on_a_small_policy_is_done_elsewhere(tmp_path: Path) -> None:
     assert not work.exists()
 
 
+def test_a_size_of_pictures_takes_the_presets_place() -> None:
+    arguments = ["seg-zero", "--input-size", "560,840", "--out", "out"]
+    preset = command._preset(make_parser(command).parse_args(arguments))  # type: ignore[arg-type]
+    assert preset == replace(command.seg_zero(), input_size_hw=(560, 840))
+
+
 def test_presets_are_whole_configurations() -> None:
     for name, preset in PRESETS.items():
         assert preset().name == name
     with pytest.raises(ValueError, match="format"):
         command.Preset(**{**_fields(tabletop()), "answer_format": "xml"})
+
+
+@pytest.mark.parametrize("size", ["840", "840x560", "0,28", "-28,28", "28,28,28", "28,", "", "\u0663,28", "2.8,28"])
+def test_sizes_that_are_none_are_refused(size: str) -> None:
+    with pytest.raises(UsageError, match="such as 560,840"):
+        make_parser(command).parse_args(["tabletop", f"--input-size={size}", "--out", "out"])  # type: ignore[arg-type]
 
 
 def test_assembling_needs_both_parts() -> None:
