@@ -7,15 +7,20 @@
 
 namespace segzero {
 
-// Behind the bytes from `begin` on that are the same.
-inline i32 run_end(const u8* labels, i32 begin, i32 width) {
-    const u64 same = 0x0101010101010101ull * labels[begin];
+// Behind the bytes from `begin` on that are the same. The first of eight is in a word's lowest byte: hosts are
+// little-endian.
+inline i32 run_end(const u8* bytes, i32 begin, i32 width) {
+    const u64 same = 0x0101010101010101ull * bytes[begin];
     i32 end = begin + 1;
-    for (u64 word; end + 8 <= width; end += 8) {
-        std::memcpy(&word, labels + end, 8);
-        if (word != same) break;
+    for (u64 words[4]; end + 32 <= width; end += 32) {
+        std::memcpy(words, bytes + end, 32);
+        if (((words[0] ^ same) | (words[1] ^ same) | (words[2] ^ same) | (words[3] ^ same)) != 0) break;
     }
-    while (end < width && labels[end] == labels[begin]) ++end;
+    for (u64 word; end + 8 <= width; end += 8) {
+        std::memcpy(&word, bytes + end, 8);
+        if (word != same) return end + i32(__builtin_ctzll(word ^ same)) / 8;
+    }
+    while (end < width && bytes[end] == bytes[begin]) ++end;
     return end;
 }
 
@@ -27,6 +32,7 @@ class SmallComponents {
     void visit(const u8* labels, i32 height, i32 width, const i64 limit[2], Flip flip) {
         if (limit[0] <= 0 && limit[1] <= 0) return;
         runs_.clear();
+        runs_.reserve(kFirstRuns);
         size_t above = 0, above_end = 0;
         for (i32 row = 0; row < height; ++row) {
             const size_t begin = runs_.size();
@@ -49,6 +55,7 @@ class SmallComponents {
         u32 parent;
         u8 label;
     };
+    static constexpr size_t kFirstRuns = 4096;
     std::vector<Run> runs_;
     std::vector<i64> area_;
 

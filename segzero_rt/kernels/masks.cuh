@@ -1,4 +1,4 @@
-// Pixels of a mask from coarse logits: bilinear interpolation with pinned rounding, and which cells need none.
+// Pixels of a mask from coarse logits: bilinear interpolation with pinned rounding, and which pixels need none.
 //
 // The arithmetic is PyTorch's for contiguous float32 tensors on processors with fused multiply-add (ATen/native/cpu/
 // UpSampleKernel.cpp, `HelperInterpLinear`; align_corners=False, no antialiasing), operation by operation: the same
@@ -43,24 +43,42 @@ SZ_HD inline float upsampled(const float* logits, i32 width, const AxisSample& r
                  blend(lower[column.near], column.near_weight, lower[column.far], column.far_weight), row.far_weight);
 }
 
-constexpr u8 kMixed = 2;
+// Which logits are surely above the threshold, and which surely below, whatever is rounded: `kAbove`, `kBelow`, or 0 for
+// those near it, those so large that a sum may overflow, and those that are no number. A pixel between logits of one side
+// is on that side: its weights are positive, no term of its sum is rounded more than four times, and the weights sum to 1
+// within 2^-24, so that 3e-5 of the threshold is a wide margin.
+constexpr u8 kAbove = 1, kBelow = 2;
 
-// Of a cell between four logits: 1 or 0 if every pixel in it lies above or below the threshold, whatever is rounded;
-// `kMixed` if that has to be computed, which it also has to for infinite logits and those that are no number. Without a
-// branch, so that a row of cells is done many at a time.
-SZ_HD inline u8 cell_side(float a, float b, float c, float d, float threshold) {
-    const float margin = 1e-5f * (fabsf(a) + fabsf(b) + fabsf(c) + fabsf(d) + fabsf(threshold)) + 1e-30f;
-    const float above = threshold + margin, below = threshold - margin;
-    const int inside = (a > above) & (b > above) & (c > above) & (d > above);
-    const int outside = (a < below) & (b < below) & (c < below) & (d < below);
-    return u8(kMixed - inside - 2 * outside);
-}
+struct SureSides {
+    float above, below;
+
+    SZ_HD explicit SureSides(float threshold) {
+        const float margin = 3e-5f * fabsf(threshold) + 2e-30f;
+        above = threshold + margin;
+        below = threshold - margin;
+    }
+    SZ_HD u8 of(float logit) const {  // without a branch, so that many are done at a time
+        constexpr float kMost = 1e37f;
+        return u8(((logit > above) & (logit < kMost)) | (((logit < below) & (logit > -kMost)) << 1));
+    }
+};
 
 // What a coarse logit counts as when components are labelled: 1 foreground, 0 background, 2 neither (not a number).
 SZ_HD inline u8 side_of(float logit, float threshold) { return u8(2 - (logit > threshold) - 2 * (logit <= threshold)); }
 
 // Writes one run length as COCO does, five bits to a character, and returns how many characters it took (up to 13).
+// `text` has room for 16.
 SZ_HD inline u32 write_run(i64 number, char* text) {
+    // A sign and up to 19 bits fit four characters, which are made without asking how many there are.
+    if (number >= -(1 << 19) && number < 1 << 19) {
+        const u32 bits = u32(i32(number)), magnitude = u32(number < 0 ? ~number : number);
+        const u32 length = 1 + (magnitude >= 1u << 4) + (magnitude >= 1u << 9) + (magnitude >= 1u << 14);
+        const u32 chunks = (bits & 0x1F) | (bits & 0x3E0) << 3 | (bits & 0x7C00) << 6 | (bits & 0xF8000) << 9;
+        const u32 more = 0x00202020u & ((1u << (8 * (length - 1))) - 1);  // each but the last says that more come
+        const u32 word = chunks + 0x30303030u + more;
+        for (u32 i = 0; i < 4; ++i) text[i] = char(word >> 8 * i);
+        return length;
+    }
     u32 length = 0;
     bool more = true;
     while (more) {
