@@ -6,8 +6,9 @@ For each cost a second pipeline of the same bundle is loaded that has it again, 
 questions of a dataset in turns, who goes first alternating; both are scored, and how many answers and masks are the
 same to the bit stands beside the times. The last row has all of them again at once.
 
-`--portable` is a bundle of the same weights in the same storage, exported with `--flavour portable`: plain attention,
-and a cache that is copied for every token. Each number of cores is a process of its own that is pinned to so many.
+`--portable` is a bundle of the same weights in the same storage, exported with `--flavour portable`: attention, norms
+and activations of plain operators, none of them fused. Each number of cores is a process of its own that is pinned to
+so many.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ COSTS = (
     Cost(name="pictures and masks by Pillow, OpenCV, NumPy", make=kernels_in_python),
     Cost(name=ALL_COSTS, make=none_saved),
 )
-PORTABLE = "graphs of plain operators, the cache copied for each token"
+PORTABLE = "graphs of plain operators"
 
 
 def compare(now: Ask, before: Ask, samples: Sequence[Sample]) -> dict[str, Any]:

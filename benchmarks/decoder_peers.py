@@ -5,8 +5,9 @@
     python -m benchmarks.decoder_peers BIG --bits 4 --work DIR --genai PYTHON --llama-cpp PYTHON
 
 PYTHON is the interpreter of an environment with that runtime: `onnxruntime-genai torch transformers onnx-ir` for the
-one, `llama-cpp-python gguf` for the other. `--prepare` makes each side's model and measures nothing. In 4 bits every
-side has products in blocks of 32 with one scale, rounded to nearest, and 8 bits in the last product.
+one, `llama-cpp-python gguf` for the other, `openvino-genai` for `--openvino`. `--prepare` makes each side's model and
+measures nothing. In 4 bits every side has products in blocks of 32 with one scale, rounded to nearest, and 8 bits in
+the last product.
 
 Sides are loaded one at a time, for the sake of memory, and generate the same number of tokens after the same prompt;
 nobody guesses ahead. In float32 a side whose greedy tokens differ from this repository's is listed and not timed. In 4
@@ -151,12 +152,11 @@ def _sides(arguments: argparse.Namespace, work: Path) -> dict[str, tuple[Any, st
     if arguments.genai:
         sides["onnxruntime-genai"] = (arguments.genai, "run_genai.py", {"model": str(work / "genai")})
     if arguments.llama_cpp:
-        gguf = str(work / "llama.gguf")
-        sides["llama.cpp"] = (
-            arguments.llama_cpp,
-            "run_llama_cpp.py",
-            {"model": gguf, "plain": arguments.llama_cpp_plain},
-        )
+        gguf = {"model": str(work / "llama.gguf"), "plain": arguments.llama_cpp_plain}
+        sides["llama.cpp"] = (arguments.llama_cpp, "run_llama_cpp.py", gguf)
+    if arguments.openvino:
+        gguf = {"model": str(work / "llama.gguf"), "bits": arguments.bits}
+        sides["OpenVINO GenAI"] = (arguments.openvino, "run_openvino.py", gguf)
     if arguments.bits == 32 and arguments.transformers:
         text = str(arguments.work / "text")
         sides["transformers"] = (sys.executable, "run_transformers.py", {"model": text, "compiled": False})
@@ -232,6 +232,7 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="its weights as in the file: 0.3.36 crashes in its layouts for AMX",
     )
+    parser.add_argument("--openvino", type=Path, help="interpreter with openvino-genai; it reads llama.cpp's file")
     parser.add_argument("--transformers", action="store_true", help="transformers too, eager, in float32")
     parser.add_argument("--compiled", action="store_true", help="and with torch.compile")
     parser.add_argument("--threads", type=int, default=2)
