@@ -36,6 +36,7 @@ from segzero_rt.evaluation import Record, giou_loss, score_sample
 from segzero_rt.graph import Graph, default_threads
 from segzero_rt.image import ImageRgb
 from segzero_rt.kernels.backend import KERNELS_VARIABLE
+from segzero_rt.operators.library import OPERATORS_VARIABLE
 from segzero_rt.pipeline import SegZero
 from segzero_rt.policy import policy_specs
 from segzero_rt.segmentation import Segmentation
@@ -113,33 +114,40 @@ def kernels_in_python(bundle: Bundle) -> Ask:
     pipeline = SegZero.load(bundle, backend="cpu")
 
     def ask(image_rgb: ImageRgb, question: str) -> Segmentation:
-        with reference_kernels():
+        with reference(KERNELS_VARIABLE):
             return pipeline(image_rgb, question)
 
     return ask
 
 
+def operators_as_functions(bundle: Bundle) -> Ask:
+    """The graphs' own functions in ONNX Runtime, not the compiled operators that may take their place."""
+    with reference(OPERATORS_VARIABLE):
+        return SegZero.load(bundle, backend="cpu")
+
+
 @contextlib.contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Forces the kernels' Python reference meanwhile."""
-    before = os.environ.get(KERNELS_VARIABLE)
-    os.environ[KERNELS_VARIABLE] = "reference"
+def reference(variable: str) -> Iterator[None]:
+    """Forces the reference of what an environment variable chooses meanwhile."""
+    before = os.environ.get(variable)
+    os.environ[variable] = "reference"
     try:
         yield
     finally:
-        del os.environ[KERNELS_VARIABLE]
+        del os.environ[variable]
         if before is not None:
-            os.environ[KERNELS_VARIABLE] = before
+            os.environ[variable] = before
 
 
 def none_saved(bundle: Bundle) -> Ask:
     """All of the above at once."""
-    pipeline = SegZero.load(bundle, backend="cpu", threads=default_threads(), draft_tokens=0)
-    wait_for_reply(pipeline)
-    attend_in_blocks(pipeline, threads=default_threads())
+    with reference(OPERATORS_VARIABLE):
+        pipeline = SegZero.load(bundle, backend="cpu", threads=default_threads(), draft_tokens=0)
+        wait_for_reply(pipeline)
+        attend_in_blocks(pipeline, threads=default_threads())
 
     def ask(image_rgb: ImageRgb, question: str) -> Segmentation:
-        with reference_kernels():
+        with reference(KERNELS_VARIABLE):
             return pipeline.ask(pipeline.look(image_rgb), question)
 
     return ask
@@ -152,6 +160,7 @@ COSTS = (
     Cost(name="attention in blocks", make=attention_in_blocks),
     Cost(name="the prompt in two runs", make=prompt_in_two_runs),
     Cost(name="pictures and masks by Pillow, OpenCV, NumPy", make=kernels_in_python),
+    Cost(name="ONNX Runtime's operators, none compiled here", make=operators_as_functions),
     Cost(name=ALL_COSTS, make=none_saved),
 )
 PORTABLE = "graphs of plain operators"
