@@ -228,7 +228,8 @@ def speed_accuracy(results: Path) -> str:
             ]
         )
     questions, cores = document["configurations"][0]["num_samples"], CORES[str(document["cores"])]
-    return f"{questions} questions, {cores} (`{name}`):\n\n{table(rows)}{busy(document)}"
+    int8 = next((row["bundle"]["sha256"] for row in document["configurations"] if row["precision"] == "int8"), "")
+    return f"{questions} questions, {cores} (`{name}`):\n\n{table(rows)}{busy(document)}{shipped_before(int8)}"
 
 
 def avoided_costs(results: Path) -> str:
@@ -261,7 +262,9 @@ def _avoided_costs(storage: str, name: str, document: dict[str, Any]) -> str:
         row = list(of_cost.values())[-1]
         scores = f"{row['giou']['before']:.3f} / {row['giou']['now']:.3f}"
         rows.append([*cells, scores, f"{row['equal_answers']} of {row['of']}"])
-    return table(rows) + busy(document)
+    measured = next(iter(by_threads.values()))["bundle"]["sha256"]
+    older = shipped_before(measured) if storage == "int8" else ""
+    return table(rows) + busy(document) + older
 
 
 def stages(results: Path) -> str:
@@ -314,6 +317,11 @@ def busy(document: dict[str, Any]) -> str:
     if nice is not None and nice <= HIGH_PRIORITY:
         return f"\n\nTaken beside other work ({busy_with}), at a priority that left it the cores."
     return f"\n\nTaken on a busy machine ({busy_with}): to be taken again."
+
+
+def shipped_before(sha256: str) -> str:
+    """A line that goes below figures of an int8 bundle that is not the one that ships any more; else nothing."""
+    return "" if sha256 == shipped_bundle() else "\n\nTaken with a bundle that shipped before the present one."
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme_table
-from benchmarks.readme_table import REPOSITORY, TABLES, busy, measured_bundle, newest, rewritten, shipped_bundle
+from benchmarks.readme_table import (
+    REPOSITORY,
+    TABLES,
+    busy,
+    measured_bundle,
+    newest,
+    newest_of_each,
+    rewritten,
+    shipped_before,
+    shipped_bundle,
+)
 
 MARKED = "above\n<!-- one: python -m benchmarks.readme_table -->\nold\n<!-- end of one -->\nbelow\n"
 
@@ -71,6 +81,20 @@ def test_writes_between_the_markers_alone() -> None:
 def test_says_when_others_worked_on_the_machine(load: list[float] | None, more: dict[str, int], said: str) -> None:
     line = busy({"environment": {"load_average": load, "cores": 2, **more}})
     assert (said in line) if said else not line
+
+
+def test_says_when_another_bundle_was_measured() -> None:
+    assert not shipped_before(shipped_bundle()) and "shipped before" in shipped_before("0" * 64)
+
+
+def test_takes_the_latest_result_of_each_number_of_cores(tmp_path: Path) -> None:
+    for name in ("kind_1cores_20261101", "kind_1cores_20261203", "kind_2cores_20261102", "kind_20261001"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name}))
+    latest = newest_of_each("kind", tmp_path)
+    assert {cores: document["name"] for cores, (_, document) in latest.items()} == {
+        "": "kind_20261001", "1": "kind_1cores_20261203", "2": "kind_2cores_20261102",
+    }  # fmt: skip
+    assert list(latest)[-1] == "1", "the latest of all is last"
 
 
 def test_takes_the_latest_result_of_a_name(tmp_path: Path) -> None:
