@@ -46,11 +46,11 @@ def seeds() -> list[bytes]:
 
 
 def disagreements(
-    replies: Sequence[bytes], arguments: dict[str, Any], builds: tuple[Kernels, Kernels]
+    replies: Sequence[bytes], arguments: dict[str, Any], builds: Sequence[Kernels]
 ) -> tuple[list[bytes], ParsedReplies]:
-    """Replies that two builds read differently in any field, and the first build's reading of all."""
-    one, other = (parse_prompts(replies, kernels=build, **arguments) for build in builds)
-    if all(np.array_equal(getattr(one, field), getattr(other, field)) for field in FIELDS):
+    """Replies that not all builds read alike in every field, and the first build's reading of all."""
+    one, *others = (parse_prompts(replies, kernels=build, **arguments) for build in builds)
+    if all(np.array_equal(getattr(one, field), getattr(other, field)) for other in others for field in FIELDS):
         return [], one
     if len(replies) == 1:
         return [replies[0]], one
@@ -68,15 +68,18 @@ def draw_arguments(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def fuzz(count: int, seed: int) -> Iterator[tuple[list[bytes], dict[str, Any], ParsedReplies]]:
-    """Chunks of mutants: those that the builds disagree about, the arguments, the host's reading."""
-    builds = resolve_kernels("host"), resolve_kernels("reference")
+def fuzz(
+    count: int, seed: int, builds: Sequence[Kernels] = ()
+) -> Iterator[tuple[list[bytes], dict[str, Any], ParsedReplies]]:
+    """Chunks of mutants: those that the builds (by default the host's) and the reference do not all read alike, the
+    arguments, the first build's reading."""
+    compared = (*(builds or (resolve_kernels("host"),)), resolve_kernels("reference"))
     stream = mutants(seeds(), seed)
     rng = random.Random(seed + 1)
     for begin in range(0, count, _CHUNK):
         arguments = draw_arguments(rng)
         replies = list(islice(stream, min(_CHUNK, count - begin)))
-        wrong, read = disagreements(replies, arguments, builds)
+        wrong, read = disagreements(replies, arguments, compared)
         yield wrong, arguments, read
 
 

@@ -82,6 +82,7 @@ class Device:
         self.driver = driver
         self.num_host_waits = 0
         """How often the host has waited for the device. Callers take differences."""
+        self._waits_lock = threading.Lock()  # a picture for the policy and one for the segmenter come from two threads
         self._depth = threading.local()
         self._pool = MemoryPool(self._allocate)
         # Page-locking takes longer than most copies: what `to_host` reads through is kept.
@@ -167,7 +168,7 @@ class Device:
         """
         _check_copy(array, memory)
         if array.nbytes:
-            self.num_host_waits += not self.driver.is_pinned(array)
+            self._count_wait(not self.driver.is_pinned(array))
             with self.current():
                 self.driver.copy_in(memory.address, array)
 
@@ -187,7 +188,7 @@ class Device:
         """
         _check_copy(array, memory)
         if array.nbytes:
-            self.num_host_waits += not self.driver.is_pinned(array)
+            self._count_wait(not self.driver.is_pinned(array))
             with self.current():
                 self.driver.copy_out(array, memory.address)
 
@@ -311,7 +312,7 @@ class Device:
 
     def elapsed_ms(self, start: Event, end: Event) -> float:
         """Milliseconds on the device between two marks; waits for the second."""
-        self.num_host_waits += 1
+        self._count_wait()
         with self.current():
             return self.driver.elapsed_ms(start.handle, end.handle)
 
@@ -321,9 +322,13 @@ class Device:
         Raises:
             BackendError: something that was enqueued has failed.
         """
-        self.num_host_waits += 1
+        self._count_wait()
         with self.current():
             self.driver.synchronize()
+
+    def _count_wait(self, waits: bool = True) -> None:
+        with self._waits_lock:
+            self.num_host_waits += waits
 
     def _allocate(self, num_bytes: int) -> SupportsInt:
         with self.current():

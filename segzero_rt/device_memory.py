@@ -142,7 +142,8 @@ class MemoryPool:
             allocation = kept.pop() if kept else None
         if allocation is None:
             allocation = self._allocate(size)
-            self.num_allocations += 1
+            with self._lock:
+                self.num_allocations += 1
         return DeviceBuffer(allocation, num_bytes, self._free[size].append)
 
 

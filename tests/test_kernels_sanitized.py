@@ -91,10 +91,14 @@ def test_replies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "jobs"),
-    [("postprocess_masks_fuzz.cpp", 3000), ("preprocess_fuzz.cpp", 3000), ("sample_token_fuzz.cpp", 1000)],
+    [
+        *(("postprocess_masks_fuzz.cpp", 3000), ("preprocess_fuzz.cpp", 3000), ("sample_token_fuzz.cpp", 1000)),
+        ("handover_fuzz.cpp", 20_000),
+    ],
 )
 def test_random_jobs(source: str, jobs: int, tmp_path: Path) -> None:
-    """Masks; frames and tokens, and there the device's kernels as well, compiled by g++."""
+    """Masks; frames and tokens, and there the device's kernels as well, compiled by g++; what lies between, which is
+    kernels alone."""
     program = _program(source, tmp_path)
     run = subprocess.run([program, str(jobs), "1"], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile_corpus import CORPUS, text_of
-from kernel_builds import BUILDS, COMPILED_BUILDS, NEEDS_COMPILER, kernel_build
+from kernel_builds import BUILDS, COMPILED_BUILDS, DEVICE_BUILDS, NEEDS_COMPILER, kernel_build
 
 from benchmarks.kernel_fuzz import disagreements, fuzz
 from segzero_rt.answer_format import FORMATS, SEG_ZERO, VISION_REASONER
@@ -186,13 +186,23 @@ def _read_document(host: Kernels, document: bytes, dialect: Dialect) -> tuple[Js
     return [None, *JsonFault][code], end.value
 
 
-@NEEDS_COMPILER
-def test_mutants_are_read_alike() -> None:
+def _fuzz(count: int, seed: int, builds: list[Kernels]) -> None:
     statuses = set()
-    for wrong, arguments, read in fuzz(20_000, seed=7):
+    for wrong, arguments, read in fuzz(count, seed, builds):
         assert wrong == [], arguments
         statuses.update((arguments["mode"], int(code)) for code in np.unique(read.status))
     assert statuses >= set(product(MODES, range(4))), "each outcome is met in each mode"
+
+
+@pytest.mark.parametrize("on_device", DEVICE_BUILDS)
+def test_mutants_are_read_alike(on_device: str, host: Kernels) -> None:
+    _fuzz(20_000, 7, [host, kernel_build(on_device)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_device", DEVICE_BUILDS)
+def test_many_mutants_are_read_alike(on_device: str, host: Kernels) -> None:
+    _fuzz(100_000, 8, [host, kernel_build(on_device)])
 
 
 @NEEDS_COMPILER

@@ -38,6 +38,20 @@ struct Sizes {
     i32 input_height, input_width, source_height, source_width;
 };
 
+// What is the same for all objects of a reply.
+struct Scene {
+    const Rules* rules;
+    i32 input[2], source[2];  // width and height
+    double factor[2];         // from a coordinate to the source's
+
+    SZ_HD Scene(const Rules& answer_rules, const Sizes& sizes)
+        : rules(&answer_rules),
+          input{sizes.input_width, sizes.input_height},
+          source{sizes.source_width, sizes.source_height} {
+        for (u32 axis = 0; axis < 2; ++axis) factor[axis] = double(source[axis]) / double(input[axis]);
+    }
+};
+
 struct Prompt {
     i32 box_xyxy[4];
     i32 num_points;
@@ -46,33 +60,30 @@ struct Prompt {
 
 // The objects of an answer: how many there are, the prompts of the first `kMaxObjects`, and whether they are an example.
 struct Objects {
-    const Rules* rules;
-    const Sizes* sizes;
+    const Scene* scene;
     Prompt* prompts;
     u32 capacity;  // of `prompts`
     u32 num_prompts;
     u32 count;
     bool full;  // a prompt found no room
-    bool equal[kMaxExamples];    // to the example, object by object so far
-    bool within[kMaxExamples];   // every object is one of the example's
+    u32 equal;   // bit e: equal to example e, object by object so far
+    u32 within;  // bit e: every object is one of example e
     // Of the object that is being added:
     double low[2], high[2];
     bool kept, listed;
     u32 num_points;
-    u32 like[kMaxExamples];  // bit o: equal so far to object o of the example
+    u32 like;  // bit `like_bit`: equal so far to an object of an example
 
-    SZ_HD void start(const Rules* answer_rules, const Sizes* picture_sizes, Prompt* memory, u32 room) {
-        rules = answer_rules;
-        sizes = picture_sizes;
-        prompts = memory;
-        capacity = room;
+    SZ_HD void start() {
         num_prompts = count = 0;
         full = false;
-        for (u32 e = 0; e < kMaxExamples; ++e) equal[e] = within[e] = true;
+        equal = within = (1u << scene->rules->num_examples) - 1;
     }
 
+    SZ_HD static u32 like_bit(u32 example, u32 object) { return 1u << (kMaxExampleObjects * example + object); }
+
     SZ_HD i32 to_source(double value, double factor) const {
-        return i32(rules->half_up != 0 ? value * factor + 0.5 : rint(trunc(value) * factor));
+        return i32(scene->rules->half_up != 0 ? value * factor + 0.5 : rint(trunc(value) * factor));
     }
 
     SZ_HD static double clipped(double value, i32 size) {
@@ -84,18 +95,18 @@ struct Objects {
         kept = listed;
         for (u32 i = 0; i < 4; ++i) kept = kept && is_finite(box[i]);
         num_points = 0;
-        for (u32 e = 0; e < rules->num_examples; ++e) {
-            like[e] = 0;
-            for (u32 o = 0; o < rules->examples[e].num_objects; ++o) {
-                const double* other = rules->examples[e].boxes[o];
+        like = 0;
+        const Rules& rules = *scene->rules;
+        for (u32 e = 0; e < rules.num_examples; ++e) {
+            for (u32 o = 0; o < rules.examples[e].num_objects; ++o) {
+                const double* other = rules.examples[e].boxes[o];
                 if (box[0] == other[0] && box[1] == other[1] && box[2] == other[2] && box[3] == other[3]) {
-                    like[e] |= 1u << o;
+                    like |= like_bit(e, o);
                 }
             }
         }
         if (!kept) return;
-        const i32 input[2] = {sizes->input_width, sizes->input_height};
-        const i32 source[2] = {sizes->source_width, sizes->source_height};
+        const i32 *input = scene->input, *source = scene->source;
         for (u32 axis = 0; axis < 2; ++axis) {
             const double one = box[axis], other = box[axis + 2];
             low[axis] = clipped(one <= other ? one : other, input[axis]);
@@ -110,7 +121,7 @@ struct Objects {
         Prompt& prompt = prompts[num_prompts];
         prompt.num_points = 0;
         for (u32 axis = 0; axis < 2; ++axis) {
-            const double factor = double(source[axis]) / double(input[axis]);
+            const double factor = scene->factor[axis];
             i32 near = to_source(low[axis], factor), far = to_source(high[axis], factor);
             if (near > source[axis] - 1) near = source[axis] - 1;
             if (far < near + 1) far = near + 1;
@@ -120,12 +131,12 @@ struct Objects {
     }
 
     SZ_HD_CALL void add_point(double x, double y) {
-        for (u32 e = 0; e < rules->num_examples; ++e) {
-            const Rules::Example& example = rules->examples[e];
+        for (u32 e = 0; like != 0 && e < scene->rules->num_examples; ++e) {
+            const Rules::Example& example = scene->rules->examples[e];
             for (u32 o = 0; o < example.num_objects; ++o) {
                 if (num_points >= example.num_points[o] || x != example.points[o][num_points][0] ||
                     y != example.points[o][num_points][1]) {
-                    like[e] &= ~(1u << o);
+                    like &= ~like_bit(e, o);
                 }
             }
         }
@@ -134,21 +145,25 @@ struct Objects {
         Prompt& prompt = prompts[num_prompts];
         if (prompt.num_points >= i32(kMaxPoints)) return;
         i32* point = prompt.points_xy[prompt.num_points++];
-        const i32 right = sizes->source_width - 1, bottom = sizes->source_height - 1;
-        point[0] = to_source(x, double(sizes->source_width) / double(sizes->input_width));
-        point[1] = to_source(y, double(sizes->source_height) / double(sizes->input_height));
-        if (point[0] > right) point[0] = right;
-        if (point[1] > bottom) point[1] = bottom;
+        point[0] = to_source(x, scene->factor[0]);
+        point[1] = to_source(y, scene->factor[1]);
+        for (u32 axis = 0; axis < 2; ++axis) {
+            if (point[axis] > scene->source[axis] - 1) point[axis] = scene->source[axis] - 1;
+        }
     }
 
     SZ_HD_CALL void finish() {
-        for (u32 e = 0; e < rules->num_examples; ++e) {
-            const Rules::Example& example = rules->examples[e];
+        if (like == 0) equal = within = 0;
+        for (u32 e = 0; like != 0 && e < scene->rules->num_examples; ++e) {
+            const Rules::Example& example = scene->rules->examples[e];
+            bool same = false, one_of_them = false;
             for (u32 o = 0; o < example.num_objects; ++o) {
-                if (example.num_points[o] != num_points) like[e] &= ~(1u << o);
+                if ((like & like_bit(e, o)) == 0 || example.num_points[o] != num_points) continue;
+                one_of_them = true;
+                same = same || o == count;
             }
-            if (count >= example.num_objects || (like[e] & (1u << count)) == 0) equal[e] = false;
-            if (like[e] == 0) within[e] = false;
+            if (!same) equal &= ~(1u << e);
+            if (!one_of_them) within &= ~(1u << e);
         }
         if (kept) ++num_prompts;
         ++count;
@@ -156,8 +171,9 @@ struct Objects {
 
     // Whether the list is a whole example; with `any`, whether every object of it is one of an example's.
     SZ_HD bool is_example(bool any) const {
-        for (u32 e = 0; e < rules->num_examples; ++e) {
-            if (any ? within[e] : equal[e] && count == rules->examples[e].num_objects) return true;
+        if (any) return within != 0;
+        for (u32 e = 0; equal != 0 && e < scene->rules->num_examples; ++e) {
+            if ((equal >> e & 1) != 0 && count == scene->rules->examples[e].num_objects) return true;
         }
         return false;
     }

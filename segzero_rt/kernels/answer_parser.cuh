@@ -34,10 +34,11 @@ class ReplyParser {
     // Room for prompts in two places: one group of values is kept while the next is read. kMaxObjects is always enough.
     SZ_HD ReplyParser(const u8* text, u32 length, bool finished, Mode mode, const Rules& rules, const Sizes& sizes,
                       Tape tape, Prompt* prompts, Prompt* more_prompts, u32 room = kMaxObjects)
-        : text_(text), length_(length), finished_(finished), mode_(mode), rules_(rules), tape_(tape) {
-        first_.start(&rules, &sizes, prompts, room);
-        second_.start(&rules, &sizes, more_prompts, room);
-        sizes_ = &sizes;
+        : text_(text), length_(length), finished_(finished), mode_(mode), rules_(rules), scene_(rules, sizes), tape_(tape) {
+        first_.scene = second_.scene = &scene_;
+        first_.prompts = prompts;
+        second_.prompts = more_prompts;
+        first_.capacity = second_.capacity = room;
     }
 
     SZ_HD Parsed parse() {
@@ -80,7 +81,7 @@ class ReplyParser {
     bool finished_;
     Mode mode_;
     const Rules& rules_;
-    const Sizes* sizes_;
+    Scene scene_;
     Tape tape_;
     Tags tags_;
     Objects first_, second_;
@@ -98,6 +99,15 @@ class ReplyParser {
     SZ_HD_CALL Objects* find_answer(u32& start) {
         if (mode_ == Mode::kVisionReasoner) return vision_reasoner_answer(start);
         if (mode_ == Mode::kSegZero) return seg_zero_answer(start);
+        if (tags_.usual()) {  // no other answer to choose from
+            start = tags_.found.kept[2].begin;
+            Objects* found = read_answer(tags_.found.kept[2].end, true);
+            return found != nullptr && !is_echo(*found, start) ? found : nullptr;
+        }
+        if (tags_.found.count == 0) {
+            Objects* found = finished_ ? read_answer(0, false) : nullptr;
+            return found != nullptr && !is_echo(*found, 0) ? found : nullptr;
+        }
         Openings openings;
         bool bare_allowed = false;
         u32 bare = 0;
@@ -155,6 +165,11 @@ class ReplyParser {
 
     // `answer_tags.thinking_span`.
     SZ_HD_CALL Span thinking(u32 answer_start) const {
+        if (tags_.found.count == 0 && answer_start == 0) return {0, 0};
+        if (tags_.usual() && answer_start == tags_.found.kept[2].begin) {
+            const Span between = strip(text_, {tags_.found.kept[0].end, tags_.found.kept[1].begin});
+            if (between.begin < between.end) return between;
+        }
         u32 begin = 0, opening = 0, closing = 0;
         bool opened = false, closed = false;
         u32 index = 0;
@@ -214,7 +229,7 @@ class ReplyParser {
     }
 
     SZ_HD Objects* fresh(Objects& objects) const {
-        objects.start(&rules_, sizes_, objects.prompts, objects.capacity);
+        objects.start();
         return &objects;
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -28,6 +29,8 @@ KERNELS_VARIABLE = "SEGZERO_KERNELS"
 KERNEL_BACKENDS = ("auto", "reference", "host", "cuda")
 MANY_REPLIES = 100
 """From so many replies on, "auto" takes a device that has nothing to compile any more."""
+_CHOOSING = threading.RLock()
+"""Two threads that ask first at one time get the same build: one device, one pool of its memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +64,8 @@ def resolve_kernels(name: str | None = None) -> Kernels:
             f"expected kernels of {', '.join(KERNEL_BACKENDS)}, got {chosen[:40]!r}; change {KERNELS_VARIABLE} or the "
             "argument"
         )
-    return chosen_kernels(chosen)
+    with _CHOOSING:
+        return chosen_kernels(chosen)
 
 
 @functools.cache
@@ -119,7 +123,7 @@ def _ready_device() -> Kernels | None:
     if find_nvcc() is None:
         return None
     try:
-        return chosen_kernels("cuda") if is_compiled(Device.open().capability) else None
+        return resolve_kernels("cuda") if is_compiled(Device.open().capability) else None
     except BackendError:
         return None
 

@@ -224,11 +224,12 @@ PyObject* parse_answer(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     }
     const int finished = PyObject_IsTrue(arguments[4]);
     if (finished < 0) return nullptr;
+    ReplyBytes reply;
+    if (!reply.read(text)) return nullptr;
+    // Last of all that may run Python, and with it another thread that asks for other formats.
     const KnownFormat* known = find_format(arguments[1]);
     if (known == nullptr) return nullptr;
     if (!known->within) Py_RETURN_NONE;
-    ReplyBytes reply;
-    if (!reply.read(text)) return nullptr;
     const Parsed parsed =
         parse_on_host(workspace, reply.data, u32(reply.length), finished != 0, Mode(mode), known->rules, sizes);
     if (parsed.status == Status::kNoRoom) return PyErr_NoMemory();
@@ -236,20 +237,35 @@ PyObject* parse_answer(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
                              make_prompts(parsed), new_reference(text)});
 }
 
+// Values one after another, in room that grows by doubling and is kept.
+template <typename T>
+struct Packing {
+    std::vector<T> room;
+    size_t count = 0;
+
+    // Where `more` values go; the caller sets them.
+    T* add(size_t more) {
+        if (room.size() < count + more) room.resize(2 * (count + more));
+        count += more;
+        return room.data() + count - more;
+    }
+};
+
 // What a batch gives, packed; grows with the batch and is kept for the thread's next one.
 struct Packed {
-    std::vector<i32> status, num_objects, boxes, points;
-    std::vector<i64> thinking, object_offsets, point_offsets;
+    std::vector<i32> status, num_objects;
+    std::vector<i64> thinking, object_offsets;
+    Packing<i32> boxes, points;
+    Packing<i64> point_offsets;
 
     void start(size_t count) {
         status.resize(count);
         num_objects.resize(count);
         thinking.resize(2 * count);
         object_offsets.resize(count + 1);
-        boxes.clear();
-        points.clear();
+        boxes.count = points.count = point_offsets.count = 0;
         object_offsets[0] = 0;
-        point_offsets.assign(1, 0);
+        *point_offsets.add(1) = 0;
     }
     void add(size_t index, const Parsed& parsed) {
         status[index] = i32(parsed.status);
@@ -258,20 +274,36 @@ struct Packed {
         thinking[2 * index + 1] = parsed.thinking.end;
         for (u32 k = 0; k < parsed.num_prompts; ++k) {
             const Prompt& prompt = parsed.prompts[k];
-            boxes.insert(boxes.end(), prompt.box_xyxy, prompt.box_xyxy + 4);
-            if (prompt.num_points > 0) {
-                points.insert(points.end(), prompt.points_xy[0], prompt.points_xy[0] + 2 * prompt.num_points);
-            }
-            point_offsets.push_back(i64(points.size() / 2));
+            std::memcpy(boxes.add(4), prompt.box_xyxy, sizeof(prompt.box_xyxy));
+            const size_t sides = 2 * size_t(prompt.num_points);
+            if (sides > 0) std::memcpy(points.add(sides), prompt.points_xy, sides * sizeof(i32));
+            *point_offsets.add(1) = i64(points.count / 2);
         }
-        object_offsets[index + 1] = i64(boxes.size() / 4);
+        object_offsets[index + 1] = i64(boxes.count / 4);
     }
 };
 
 template <typename T>
-PyObject* copy_bytes(const std::vector<T>& values) {
+PyObject* copy_bytes(const std::vector<T>& values, size_t count) {
     const char* data = reinterpret_cast<const char*>(values.data());
-    return PyByteArray_FromStringAndSize(data, Py_ssize_t(values.size() * sizeof(T)));
+    return PyByteArray_FromStringAndSize(data, Py_ssize_t(count * sizeof(T)));
+}
+
+template <typename T>
+PyObject* copy_bytes(const std::vector<T>& values) {
+    return copy_bytes(values, values.size());
+}
+
+template <typename T>
+PyObject* copy_bytes(const Packing<T>& values) {
+    return copy_bytes(values.room, values.count);
+}
+
+// Fetches the beginning of a reply that is read soon: replies lie anywhere in memory.
+void prefetch_reply(PyObject* reply) {
+    constexpr Py_ssize_t kFetched = 512, kLine = 64;
+    const char* first = reinterpret_cast<const char*>(reply);
+    for (Py_ssize_t at = 0; at < kFetched; at += kLine) __builtin_prefetch(first + at);
 }
 
 struct BatchRequest {
@@ -311,6 +343,8 @@ struct BatchRequest {
         return false;
     }
 
+    static constexpr Py_ssize_t kAhead = 2;
+
     // False: no memory for the tape.
     bool parse(Packed& packed) const {
         const Py_ssize_t count = PyTuple_GET_SIZE(replies);
@@ -321,6 +355,7 @@ struct BatchRequest {
         const Py_ssize_t end_step = finished.len == 1 ? 0 : 1;
         for (Py_ssize_t i = 0; i < count; ++i) {
             PyObject* reply = PyTuple_GET_ITEM(replies, i);
+            if (i + kAhead < count) prefetch_reply(PyTuple_GET_ITEM(replies, i + kAhead));
             const u8* text = reinterpret_cast<const u8*>(PyBytes_AS_STRING(reply));
             const Parsed parsed =
                 parse_on_host(own, text, u32(PyBytes_GET_SIZE(reply)), each_end[i * end_step] != 0, Mode(mode),

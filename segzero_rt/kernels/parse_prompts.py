@@ -156,6 +156,10 @@ def _sizes(
     input_size_hw: tuple[int, int] | NDArray[np.integer], source_size_hw: tuple[int, int] | NDArray[np.integer]
 ) -> NDArray[np.int32]:
     """Input height and width, source height and width of each reply: int32 [N, 4]; [1, 4] if all have the same."""
+    if isinstance(input_size_hw, tuple) and isinstance(source_size_hw, tuple) and len(input_size_hw) == 2:
+        sides = (*input_size_hw, *source_size_hw)
+        if len(sides) == 4 and all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
+            return np.array([sides], np.int32)
     pairs = [np.atleast_2d(np.asarray(pair, np.int64)) for pair in (input_size_hw, source_size_hw)]
     if any(pair.ndim != 2 or pair.shape[1] != 2 for pair in pairs):
         raise ValueError(f"expected sizes as a pair or [N, 2], got {input_size_hw} and {source_size_hw}")

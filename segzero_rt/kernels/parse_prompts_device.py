@@ -14,7 +14,7 @@ from segzero_rt.answer import Answer
 from segzero_rt.answer_format import AnswerFormat
 from segzero_rt.answer_parser import MODES, ParseMode
 from segzero_rt.device import DeviceArray
-from segzero_rt.kernels.backend import chosen_kernels
+from segzero_rt.kernels.backend import resolve_kernels
 from segzero_rt.kernels.device_kernels import DeviceKernels, blocks
 from segzero_rt.kernels.parse_prompts import MAX_SIDE, STATUSES, ParsedReplies, encode_reply, parse_prompts
 from segzero_rt.kernels.parse_prompts_host import required_rules, rules_of
@@ -202,7 +202,7 @@ def _with_the_rest(
         source_size_hw=each_size[:, 2:],
         finished=np.broadcast_to(finished, (len(replies),))[left],
         mode=mode,
-        kernels=chosen_kernels("auto"),
+        kernels=resolve_kernels("auto"),
     )
     owners = np.repeat(np.arange(len(heads)), heads["num_prompts"])
     heads["status"][left], heads["thinking"][left] = read.status, read.thinking_spans

@@ -67,6 +67,11 @@ struct PlainReader {
         u32 order[kMaxPointKeys] = {}, num_points = 0, seen = 0;
         if (!take('{')) return false;
         do {
+            if (!has_box && take_box_key()) {
+                if (!take(':') || !numbers(box, 4)) return false;
+                has_box = true;
+                continue;
+            }
             Span key;
             if (!string(key) || !take(':')) return false;
             const u32 length = key.end - key.begin;
@@ -104,6 +109,23 @@ struct PlainReader {
             if (order[i] < order[i - 1]) return false;
         }
         return true;
+    }
+
+    // Takes the box's key with its quotes, where it is short and stands there; leaves anything else.
+    SZ_HD_INLINE bool take_box_key() {
+#ifndef __CUDA_ARCH__
+        const u32 bytes = rules.box_key_bytes;
+        if (bytes >= 8 || end - at < 10 || text[at] != '"') return false;
+        u64 word, key;
+        std::memcpy(&word, text + at + 1, 8);
+        std::memcpy(&key, rules.box_key, 8);  // behind its end stand zeros
+        const u64 inside = (u64(1) << 8 * bytes) - 1;
+        if (((word ^ key) & inside) != 0 || text[at + 1 + bytes] != '"') return false;
+        at += bytes + 2;
+        return true;
+#else
+        return false;
+#endif
     }
 
     SZ_HD bool is_key(u32 begin, u32 length, const char* key, u32 key_bytes) const {
@@ -167,9 +189,8 @@ struct PlainReader {
     // end is guessed wrong. False, and nothing taken, for others.
     SZ_HD_INLINE bool short_whole([[maybe_unused]] u64& digits) {
 #ifndef __CUDA_ARCH__
-        if (end - at < 8) return false;
-        u64 word;
-        std::memcpy(&word, text + at, 8);
+        if (end < 8 || at >= end) return false;
+        u64 word = next_word();
         word ^= 0x30 * kOnes;  // digits become 0 to 9
         const u64 others = ((word + 0x76 * kOnes) | word) & kHighs;
         if (others == 0) return false;
@@ -197,16 +218,29 @@ struct PlainReader {
         return at < end && (text[at] == ',' || text[at] == ':' || text[at] == '}');
     }
 
+#ifndef __CUDA_ARCH__
+    // The next eight characters, zeros behind the end; where there are eight in all, and one left.
+    SZ_HD_INLINE u64 next_word() const {
+        u64 word;
+        const u32 left = end - at;
+        std::memcpy(&word, text + (left >= 8 ? at : end - 8), 8);
+        return left >= 8 ? word : word >> 8 * (8 - left);
+    }
+#endif
+
     SZ_HD static bool is_plain(u8 c) { return c >= 0x20 && c < 0x80 && c != '"' && c != '\\' && c != '<'; }
 
     SZ_HD_INLINE void skip_plain() {
 #ifndef __CUDA_ARCH__
         const auto is_zero = [](u64 bytes) { return (bytes - kOnes) & ~bytes; };  // exact up to the first
-        for (u64 word; end - at >= 8; at += 8) {
-            std::memcpy(&word, text + at, 8);
+        while (end >= 8 && at < end) {
+            const u64 word = next_word();
             const u64 marks = is_zero(word ^ '"' * kOnes) | is_zero(word ^ '\\' * kOnes) | is_zero(word ^ '<' * kOnes);
             const u64 others = (marks | word | (word - 0x20 * kOnes)) & kHighs;
-            if (others == 0) continue;
+            if (others == 0) {
+                at += 8;
+                continue;
+            }
             at += u32(__builtin_ctzll(others)) / 8;  // the first character is in the lowest byte
             return;
         }

@@ -49,7 +49,8 @@ SZ_HD inline u32 find_byte(const u8* text, u32 at, u32 end, u8 wanted) {
     while (at < end && text[at] != wanted) ++at;
     return at;
 #else
-    if (at < end && text[at] == wanted) return at;  // tags often follow each other
+    if (at < end && text[at] == wanted) return at;  // tags often follow each other, or with a line feed between them
+    if (at + 1 < end && text[at + 1] == wanted) return at + 1;
     const void* found = at < end ? std::memchr(text + at, wanted, end - at) : nullptr;
     return found == nullptr ? end : u32(static_cast<const u8*>(found) - text);
 #endif

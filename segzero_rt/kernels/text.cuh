@@ -171,6 +171,13 @@ struct Tags {
         }
     }
 
+    // Whether a thinking and an answer follow each other, each closed, and there is nothing else.
+    SZ_HD bool usual() const {
+        const Tag* tag = found.kept;
+        return found.count == 4 && tag[0].is_think && !tag[0].is_close && tag[1].is_think && tag[1].is_close &&
+               !tag[2].is_think && !tag[2].is_close && !tag[3].is_think && tag[3].is_close;
+    }
+
     // Tag number `index`, which follows `previous`; `end` 0 if there is none.
     SZ_HD Tag get(u32 index, const Tag& previous) const {
         if (index < found.count) return found.kept[index];
