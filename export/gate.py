@@ -6,6 +6,7 @@ to end: the tokens that both choose by themselves. Where storing changed no weig
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segzero_rt.errors import ExportError
+from segzero_rt.graph import Graph
 from segzero_rt.kv_cache import KVCache
 from segzero_rt.policy import Policy
 
@@ -79,8 +81,12 @@ def gate_policy(
     limits: GateLimits = EXACT,
     max_new_tokens: int = 64,
     adapter: Path | None = None,
+    towers: Sequence[Graph] = (),
 ) -> dict[str, Any]:
     """Measures a policy against its checkpoint in PyTorch, every question on every picture. PEFT merges an adapter.
+
+    Args:
+        towers: other builds of the vision graph, whose features are held to the same limit.
 
     Returns:
         figures for the manifest: `vision_error`, `kl_mean`, `kl_max`, `top1`, `max_abs_logit`, `same_tokens` (share of
@@ -99,6 +105,10 @@ def gate_policy(
         view = policy.look(picture)
         features = reference.look(picture)
         vision_errors.append(relative_error(policy.features(picture), features))
+        for tower in towers:
+            twin = copy.copy(policy)
+            twin.vision = tower
+            vision_errors.append(relative_error(twin.features(picture), features))
         for question in questions:
             reply, logits = reference.ask(question, max_new_tokens)
             places.append(compare_logits(_forced_logits(policy, view.cache, question, reply), logits))

@@ -26,7 +26,7 @@ from segzero_rt.graph_spec import GraphSpec, TensorSpec
 from segzero_rt.operators import DOMAIN
 
 from .lazy_weight import Weight
-from .operators import operator_function
+from .operators import SIDES_DIVIDED_BY, operator_function
 from .precisions import COMPUTED, EXPLICIT_STORAGES, POLICY_STORAGES, QUANTIZED_STORAGES
 from .precisions import STORAGES as STORAGES
 from .weight_encoding import BLOCK, FLOATS, FloatEncoding, Int4Encoding, Int8Encoding, Stored
@@ -51,10 +51,6 @@ _QUICK_GELU = 1.702
 _TANH_GELU_SLOPE, _TANH_GELU_CUBE = (2 / math.pi) ** 0.5, 0.044715
 INT8_COMPUTE = 4
 """MatMulNBits' accuracy level at which the other factor is rounded to 8 bits as it comes."""
-
-
-_Layer = tuple[str, np.ndarray, np.ndarray]
-"""Name, weight and bias."""
 
 
 class GraphBuilder:
@@ -136,6 +132,10 @@ class GraphBuilder:
         name = next(output for output in outputs if output) + ":" + op
         self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attributes))
         return list(outputs)
+
+    def by_operators(self, *sides: int) -> bool:
+        """Whether compiled operators may take layers with these sides: they round to 8 bits of mantissa."""
+        return self.fused and self.storage in QUANTIZED_STORAGES and not any(side % SIDES_DIVIDED_BY for side in sides)
 
     def operator(self, name: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Adds a node of one of `operators.OPERATORS`, and to the graph what it computes."""
@@ -262,23 +262,6 @@ class GraphBuilder:
             self._made[stored] = stored
         return stored, scale
 
-    def mlp(self, x: str, norm: _Layer, first: _Layer, second: _Layer, epsilon: float, *, in_floats: bool) -> str:
-        """`x + second(gelu(first(norm(x))))` as one operator, by rows.
-
-        Args:
-            norm, first, second: their names, weights (of a linear layer as PyTorch keeps it) and biases.
-            in_floats: weights stored as floats, whatever the storage.
-        """
-        name, scale, shift = norm
-        inputs = [x, self.weight(f"{name}.weight", scale), self.weight(f"{name}.bias", shift)]
-        for name, weight, bias in (first, second):
-            if in_floats:
-                inputs.append(self._float_weight(f"{name}.weight", weight, transposed=True))
-            else:
-                inputs.extend(self.int8_weight(name, Weight.of(weight)))
-            inputs.append(self.weight(f"{name}.bias", bias))
-        return self.operator("Mlp" if in_floats else "Int8Mlp", inputs, epsilon=epsilon)
-
     def _four_bit_linear(self, x: str, name: str, weight: Weight, bias: np.ndarray | Weight | None) -> str:
         """Weights in 4 bits with one scale per block of a row; `x` is rounded to 8 bits as it comes."""
         path = "/".join([*self._path, name])
@@ -300,6 +283,8 @@ class GraphBuilder:
 
     def attention(self, query: str, key: str, value: str, *, num_heads: int, head_dim: int) -> str:
         """Softmax attention of every query with every key, [batch, rows, heads * head_dim] each; no mask."""
+        if self.by_operators(head_dim):
+            return self.operator("Attention", [query, key, value], num_heads=num_heads, scale=head_dim**-0.5)
         if self.fused:
             return self.node("MultiHeadAttention", [query, key, value], domain=MICROSOFT, num_heads=num_heads)
         perms = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])

@@ -7,13 +7,19 @@ function's nodes in the operator's place when it loads the graph, and runs what 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, helper
 
 from segzero_rt.operators import DOMAIN
+
+from .lazy_weight import Weight
+
+if TYPE_CHECKING:
+    from .graph_builder import GraphBuilder
 
 MICROSOFT = "com.microsoft"
 SIDES_DIVIDED_BY = 16
@@ -33,6 +39,40 @@ def operator_function(name: str, opset: int) -> FunctionProto:
         [helper.make_opsetid("", opset), helper.make_opsetid(MICROSOFT, 1)],
         list(attributes),
     )
+
+
+Layer = tuple[str, Weight, Weight]
+"""Name, weight (of a linear layer [out, in], as PyTorch keeps it) and bias."""
+
+
+def mlp(builder: GraphBuilder, x: str, norm: Layer, layers: Sequence[Layer], epsilon: float, *, in_floats: bool) -> str:
+    """Adds `x + second(gelu(first(norm(x))))` as one operator, by rows.
+
+    Args:
+        in_floats: weights stored as floats, whatever the storage.
+    """
+    name, scale, shift = norm
+    inputs = [x, builder.weight(f"{name}.weight", scale), builder.weight(f"{name}.bias", shift)]
+    for name, weight, bias in layers:
+        if in_floats:
+            inputs.append(builder.weight(f"{name}.weight", weight.array().T))
+        else:
+            inputs.extend(builder.int8_weight(name, weight))
+        inputs.append(builder.weight(f"{name}.bias", bias))
+    return builder.operator("Mlp" if in_floats else "Int8Mlp", inputs, epsilon=epsilon)
+
+
+def gated_mlp(builder: GraphBuilder, x: str, norm: tuple[str, Weight], layers: Sequence[Layer], epsilon: float) -> str:
+    """Adds `x + down(silu(gate(norm(x))) * up(norm(x)))` as one operator, by rows, in int8.
+
+    Args:
+        norm: name and weight of a root-mean-square norm.
+        layers: gate, up and down.
+    """
+    inputs = [x, builder.weight(*norm, dtype="float32")]
+    for name, weight, bias in layers:
+        inputs += [*builder.int8_weight(name, weight), builder.weight(f"{name}.bias", bias)]
+    return builder.operator("Int8GatedMlp", inputs, epsilon=epsilon)
 
 
 def uses_operators(path: Path) -> bool:
@@ -57,6 +97,17 @@ def _node(domain: str, operator: str, inputs: str, outputs: str, attributes: dic
 
 
 _NORM: _Node = ("", "LayerNormalization", "x norm_scale norm_bias", "normed", {"axis": -1, "epsilon": "@epsilon"})
+# ONNX Runtime 1.31 crashes on its own SimplifiedLayerNormalization in a function; of these nodes it makes that one.
+_ROOT_MEAN_SQUARE_NORM: tuple[_Node, ...] = (
+    ("", "Constant", "", "two", {"value_float": 2.0}),
+    ("", "Constant", "", "least", {"value_float": "@epsilon"}),
+    ("", "Pow", "x two", "squares", {}),
+    ("", "ReduceMean", "squares", "mean", {"axes": [-1], "keepdims": 1}),
+    ("", "Add", "mean least", "above", {}),
+    ("", "Sqrt", "above", "root", {}),
+    ("", "Div", "x root", "divided", {}),
+    ("", "Mul", "divided norm_scale", "normed", {}),
+)
 _SUM: _Node = ("", "Add", "x added", "y", {})
 _GELU: _Node = (MICROSOFT, "Gelu", "wide", "hidden", {})
 _FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[_Node, ...]]] = {
@@ -79,6 +130,24 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[_Node, ...]]
             ("", "DynamicQuantizeLinear", "normed", "normed_8 step1 zero1", {}),
             (MICROSOFT, "MatMulIntegerToFloat", "normed_8 weight1 step1 scale1 zero1 - bias1", "wide", {}),
             _GELU,
+            ("", "DynamicQuantizeLinear", "hidden", "hidden_8 step2 zero2", {}),
+            (MICROSOFT, "MatMulIntegerToFloat", "hidden_8 weight2 step2 scale2 zero2 - bias2", "added", {}),
+            _SUM,
+        ),
+    ),
+    "Int8GatedMlp": (
+        (
+            *("x", "norm_scale", "gate_weight", "gate_scale", "gate_bias", "up_weight", "up_scale", "up_bias"),
+            *("weight2", "scale2", "bias2"),
+        ),
+        ("epsilon",),
+        (
+            *_ROOT_MEAN_SQUARE_NORM,
+            ("", "DynamicQuantizeLinear", "normed", "normed_8 step1 zero1", {}),
+            (MICROSOFT, "MatMulIntegerToFloat", "normed_8 gate_weight step1 gate_scale zero1 - gate_bias", "gate", {}),
+            (MICROSOFT, "MatMulIntegerToFloat", "normed_8 up_weight step1 up_scale zero1 - up_bias", "up", {}),
+            (MICROSOFT, "QuickGelu", "gate", "opened", {"alpha": 1.0}),
+            ("", "Mul", "opened up", "hidden", {}),
             ("", "DynamicQuantizeLinear", "hidden", "hidden_8 step2 zero2", {}),
             (MICROSOFT, "MatMulIntegerToFloat", "hidden_8 weight2 step2 scale2 zero2 - bias2", "added", {}),
             _SUM,

@@ -14,7 +14,9 @@ import onnx
 from numpy.typing import NDArray
 
 from segzero_rt.errors import ExportError
+from segzero_rt.graph import Graph
 from segzero_rt.manifest import PolicyGraphs, PolicyManifest
+from segzero_rt.operators.library import resolve_operators
 from segzero_rt.policy import Policy
 from segzero_rt.positions import VISION_ROPE_THETA
 
@@ -24,6 +26,7 @@ from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pict
 from .gate_layers import check_float16_range, gate_policy_layers
 from .graph_builder import check_precision
 from .nvfp4 import EMULATED, decoded
+from .operators import uses_operators
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
@@ -211,7 +214,14 @@ class _Export:
             limits=limits,
             max_new_tokens=self.reply_tokens,
             adapter=self.adapter,
+            towers=self._towers(files["vision"], policy),
         )
+
+    def _towers(self, path: Path, policy: Policy) -> list[Graph]:
+        """The vision graph without compiled operators, as other processors run it, where the gated one has some."""
+        if resolve_operators().path is None or not uses_operators(path):
+            return []
+        return [Graph.load(path, policy.vision.spec, backend="cpu", operators=False)]
 
     def remarks(self) -> dict[str, str]:
         """What the manifest says of the gate beside its figures."""

@@ -11,7 +11,8 @@ numbers, other order):
 2. patches come in window order from the host, as do windows and rotary values;
 3. windows are padded to one length and attended in one batch; the original takes them one by one. Where the picture's
    size leaves no window cut, they are consecutive rows, and what describes them is not read;
-4. biases before a norm are added by it.
+4. biases before a norm are added by it;
+5. with weights of 8 bits, flavour "ort" has attention and gated layers as operators of `operators.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from segzero_rt.graph_spec import vision_spec
 
 from .graph_builder import MICROSOFT, OPSET, GraphBuilder
 from .lazy_weight import Floats, Weight
+from .operators import gated_mlp
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_sizes import VisionSizes
 from .weight_store import WeightStore
@@ -87,8 +89,11 @@ def build_vision(
             entering = residual
             mixed = attention.attend(x, weights, everywhere=block in sizes.full_attention_blocks)
             branch = _branch(builder, mixed, "proj", weights.linear("attn.proj", sizes.hidden_size, sizes.hidden_size))
-            x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
-            branch = _feed_forward(builder, x, weights, sizes)
+            if sizes.gated and builder.by_operators(sizes.hidden_size, sizes.intermediate_size):
+                branch, residual = None, _gated_mlp(builder, _added(builder, branch, residual), weights, sizes)
+            else:
+                x, residual = _norm(builder, branch, residual, "norm2", weights.norm("norm2"))
+                branch = _feed_forward(builder, x, weights, sizes)
         if block - 1 in sizes.deepstack_blocks:
             deeper.append(_merge_deeper(builder, entering, checkpoint, len(deeper)))
     with builder.scope("merger"):
@@ -251,6 +256,19 @@ def _norm_weights(checkpoint: PolicyCheckpoint, name: str) -> _Norm:
     sizes = checkpoint.vision
     weight = checkpoint.weight(f"model.visual.{name}.weight", (sizes.hidden_size,))
     return weight, None if sizes.gated else checkpoint.weight(f"model.visual.{name}.bias", (sizes.hidden_size,))
+
+
+def _added(builder: GraphBuilder, branch: _Branch, residual: str) -> str:
+    bias = builder.weight("added_bias", branch[1], dtype="float32")
+    return builder.node("Add", [builder.node("Add", [branch[0], bias]), residual])
+
+
+def _gated_mlp(builder: GraphBuilder, residual: str, weights: _BlockWeights, sizes: VisionSizes) -> str:
+    """Norm, gated hidden layer and sum, as one operator."""
+    wide, narrow = sizes.intermediate_size, sizes.hidden_size
+    layers = (("gate", wide, narrow), ("up", wide, narrow), ("down", narrow, wide))
+    read = [(name, *weights.linear(f"mlp.{name}_proj", rows, columns)) for name, rows, columns in layers]
+    return gated_mlp(builder, residual, ("norm2", weights.norm("norm2")[0]), read, _EPSILON)
 
 
 def _feed_forward(builder: GraphBuilder, x: str, weights: _BlockWeights, sizes: VisionSizes) -> _Branch:

@@ -39,7 +39,8 @@ from segzero_rt.graph_spec import GraphSpec
 from .edgetam import RepVit
 from .edgetam_graph import add_repvit
 from .graph_builder import INT8_FROM_WIDTH, GraphBuilder
-from .operators import SIDES_DIVIDED_BY
+from .lazy_weight import Weight
+from .operators import Layer, mlp
 from .segmenter_windows import (
     Indices,
     Tokens,
@@ -234,7 +235,7 @@ class _Block:
         mixed = builder.linear(mixed, "proj", weight, bias + widened_bias, flat=True)
         residual = builder.node("Add", [residual, mixed])
         after = self._after(tokens, groups)
-        if self._by_operators(block.dim_out, block.mlp.proj_in.out_features):
+        if builder.by_operators(block.dim_out, block.mlp.proj_in.out_features):
             return replace(after, name=self._mlp(residual), width=block.dim_out)
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
@@ -242,21 +243,18 @@ class _Block:
         hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True, in_floats=narrow)
         return replace(after, name=builder.node("Add", [residual, hidden]), width=block.dim_out)
 
-    def _by_operators(self, *sides: int) -> bool:
-        """Whether compiled operators may take layers with these sides: they round to 8 bits of mantissa."""
-        builder = self._builder
-        return builder.fused and builder.storage == "int8" and all(side % SIDES_DIVIDED_BY == 0 for side in sides)
-
     def _mlp(self, residual: str) -> str:
-        norm, mlp = self._block.layer_norm2, self._block.mlp
-        return self._builder.mlp(
-            residual,
-            ("norm2", _array(norm.weight), _array(norm.bias)),
-            ("fc1", *_linear(mlp.proj_in)),
-            ("fc2", *_linear(mlp.proj_out)),
-            norm.eps,
-            in_floats=int(self._block.dim_out) < INT8_FROM_WIDTH,
-        )
+        norm, layers = self._block.layer_norm2, self._block.mlp
+        parts: list[Layer] = [
+            (name, Weight.of(weight), Weight.of(bias))
+            for name, weight, bias in (
+                ("norm2", _array(norm.weight), _array(norm.bias)),
+                ("fc1", *_linear(layers.proj_in)),
+                ("fc2", *_linear(layers.proj_out)),
+            )
+        ]
+        narrow = int(self._block.dim_out) < INT8_FROM_WIDTH
+        return mlp(self._builder, residual, parts[0], parts[1:], norm.eps, in_floats=narrow)
 
     def _attend(self, normed: str, slots: int) -> tuple[str, int]:
         """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection.
@@ -268,11 +266,7 @@ class _Block:
         if not self._head_by_head(slots):
             width = int(self._block.dim_out)
             parts = (self._queries(normed, slots, slice(0, width)), *self._keys_values(normed, slots, slice(0, width)))
-            if self._by_operators(self._head_dim):
-                scale = self._head_dim**-0.5
-                mixed = builder.operator("Attention", parts, num_heads=self._heads, scale=scale)
-            else:
-                mixed = builder.attention(*parts, num_heads=self._heads, head_dim=self._head_dim)
+            mixed = builder.attention(*parts, num_heads=self._heads, head_dim=self._head_dim)
             return builder.reshape(mixed, [-1, width]), width
         folds, heads = self._folds(slots), []
         width = int(self._block.dim) if folds.values else self._head_dim
@@ -285,7 +279,7 @@ class _Block:
                     else self._queries(normed, slots, columns)
                 )
                 key, value = self._keys_values(normed, slots, columns, folds)
-                if self._by_operators(self._head_dim, int(self._block.dim)):
+                if builder.by_operators(self._head_dim, int(self._block.dim)):
                     parts, scale = (query, key, value), self._head_dim**-0.5
                     mixed = builder.operator("HeadAttention", parts, num_heads=1, scale=scale)
                 else:

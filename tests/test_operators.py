@@ -137,6 +137,64 @@ def test_compiled_hidden_layers_are_nearer_to_their_definition_than_a_rounding(
     np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
 
 
+def gated_weights(width: int, hidden: int) -> dict[str, Any]:
+    weights: dict[str, Any] = {"norm_scale": 1 + 0.1 * noise(1, width)}
+    for seed, (layer, rows, columns) in enumerate(
+        [("gate_", width, hidden), ("up_", width, hidden), ("", hidden, width)]
+    ):
+        values = noise(3 + seed, rows, columns) / math.sqrt(rows)
+        scale, last = np.abs(values).max(axis=0) / 127, "" if layer else "2"
+        weights[f"{layer}weight{last}"] = np.round(values / scale).astype(np.int8)
+        weights |= {f"{layer}scale{last}": scale, f"{layer}bias{last}": 0.1 * noise(9 + seed, columns)}
+    return weights
+
+
+def gated_by_definition(x: Floats, weights: dict[str, Any], epsilon: float) -> NDArray[np.float64]:
+    """`x + down(silu(gate(norm(x))) * up(norm(x)))` in float64."""
+    x = np.asarray(x, np.float64)
+    rows = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + epsilon) * weights["norm_scale"]
+
+    def linear(rows: NDArray[np.float64], layer: str, last: str = "") -> NDArray[np.float64]:
+        weight = weights[f"{layer}weight{last}"].astype(np.float64) * weights[f"{layer}scale{last}"]
+        product: NDArray[np.float64] = rows @ weight + weights[f"{layer}bias{last}"]
+        return product
+
+    gate = linear(rows, "gate_")
+    return x + linear(gate / (1 + np.exp(-gate)) * linear(rows, "up_"), "", "2")
+
+
+@NEEDS_OPERATORS
+@pytest.mark.parametrize(("name", "rows", "width", "hidden"), MLPS, ids=[name for name, *_ in MLPS])
+def test_compiled_gated_layers_are_nearer_to_their_definition_than_a_rounding(
+    name: str, rows: int, width: int, hidden: int
+) -> None:
+    weights = gated_weights(width, hidden)
+    model = model_of("Int8GatedMlp", weights, {"x": ["rows", width]}, epsilon=1e-6)
+    x = 3 * noise(0, rows, width)
+    want = gated_by_definition(x, weights, 1e-6)
+    ours = run(model, {"x": x}, compiled=True)
+    assert ours.shape == want.shape
+    if rows:
+        added = np.abs(want - x).max()
+        assert np.abs(ours - want).max() < 3 * ROUNDING * added
+        assert np.abs(run(model, {"x": x}, compiled=False) - want).max() < 0.1 * added
+    np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
+
+
+@NEEDS_OPERATORS
+def test_gates_far_from_zero_are_open_or_shut() -> None:
+    width, far = 16, 300.0  # where a power of e leaves float32's range
+    weights = gated_weights(width, width)
+    weights |= {"gate_weight": np.zeros((width, width), np.int8), "gate_bias": np.full(width, -far, np.float32)}
+    model = model_of("Int8GatedMlp", weights, {"x": ["rows", width]}, epsilon=1e-6)
+    x = noise(0, 5, width)
+    np.testing.assert_allclose(run(model, {"x": x}, compiled=True), x + weights["bias2"], atol=1e-6)
+    weights["gate_bias"] = np.full(width, far, np.float32)
+    model = model_of("Int8GatedMlp", weights, {"x": ["rows", width]}, epsilon=1e-6)
+    want = gated_by_definition(x, weights, 1e-6)
+    np.testing.assert_allclose(run(model, {"x": x}, compiled=True), want, atol=3 * ROUNDING * np.abs(want).max())
+
+
 def attention_by_definition(query: Floats, key: Floats, value: Floats, heads: int, scale: float) -> Floats:
     def cut(x: Floats) -> NDArray[np.float64]:
         return x.astype(np.float64).reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)

@@ -76,10 +76,10 @@ public:
     ~TileScope() { _tile_release(); }
 };
 
-// Sums of 32 rows and 16 or 32 columns, to `sums` [32, 32].
+// Sums of 32 rows and 16 or 32 columns, to rows that are `wide` numbers apart.
 //   left: [32, depths * 32]; right: packed tiles, those of a column one behind the other.
 template <bool kPair>
-inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right, float* sums) {
+inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right, float* sums, size_t wide = kRows) {
     const size_t stride = depths * kDepth * sizeof(Bfloat16);
     const Bfloat16* lower = left + kSide * depths * kDepth;
     const Bfloat16* second = right + depths * kTile;
@@ -92,8 +92,8 @@ inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right,
     for (size_t depth = 0; depth < depths; ++depth) {
         _tile_loadd(4, left + depth * kDepth, stride);
         _tile_loadd(6, right + depth * kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(5, lower + depth * kDepth, stride);
+        _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(2, 5, 6);
         if (kPair) {
             _tile_loadd(7, second + depth * kTile, 64);
@@ -101,12 +101,11 @@ inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right,
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    constexpr size_t kStride = kRows * sizeof(float);
-    _tile_stored(0, sums, kStride);
-    _tile_stored(2, sums + kSide * kRows, kStride);
+    _tile_stored(0, sums, wide * sizeof(float));
+    _tile_stored(2, sums + kSide * wide, wide * sizeof(float));
     if (kPair) {
-        _tile_stored(1, sums + kSide, kStride);
-        _tile_stored(3, sums + kSide * kRows + kSide, kStride);
+        _tile_stored(1, sums + kSide, wide * sizeof(float));
+        _tile_stored(3, sums + kSide * wide + kSide, wide * sizeof(float));
     }
 }
 
@@ -127,31 +126,30 @@ inline void multiply_rows(const Bfloat16* left, size_t depths, const Bfloat16* r
     }
 }
 
-// A weight [depth, columns] as packed tiles; whole numbers of 8 bits are exact in bfloat16.
+// Columns of a weight [depth, columns] to packed tiles, of which every `every`-th is one of them; whole numbers of 8 bits
+// are exact in bfloat16.
 template <typename T>
-inline void pack_weight(const T* weight, size_t depth, size_t columns, Aligned<Bfloat16>& packed) {
+inline void pack_weight(const T* weight, size_t depth, size_t columns, Bfloat16* to, size_t every = 1) {
     const size_t depths = up(depth, kDepth);
-    Bfloat16* to = packed.grow(columns * depths * kDepth);
     for (size_t row = 0; row < depth; ++row)
         for (size_t column = 0; column < columns; ++column) {
-            const size_t tile = column / kSide * depths + row / kDepth;
+            const size_t tile = column / kSide * every * depths + row / kDepth;
             const size_t place = row % kDepth / 2 * 2 * kSide + column % kSide * 2 + row % 2;
             to[tile * kTile + place] = rounded(static_cast<float>(weight[row * columns + column]));
         }
 }
 
-// e^x for x <= 0, to 1e-6 of it.
-inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    const __m512 turns = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    const __m512 rest = _mm512_fnmadd_ps(turns, _mm512_set1_ps(0.693147181f), x);
-    __m512 sum = _mm512_set1_ps(8.3334e-3f);
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.16666e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.166666667f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.5f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, turns);
+// 2^x to 8e-5 of it: a cubic for what is behind the point.
+inline __m512 power_of_two(__m512 x) {
+    constexpr int kBehindPoint = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const __m512 rest = _mm512_reduce_ps(x, kBehindPoint);
+    __m512 sum = _mm512_set1_ps(7.80214238e-2f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.26071758e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.95831851e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.99925318e-1f));
+    return _mm512_scalef_ps(sum, x);  // which takes what is before the point
 }
+
+constexpr float kLog2E = 1.44269504f;
 
 }  // namespace segzero

@@ -39,10 +39,10 @@ struct Attention {
                 for (size_t column = 0; column < key_width; column += kSide)
                     store_rounded(rounded_query + row * depths * kDepth + column,
                                   _mm512_loadu_ps(query_rows + (begin + row) * wide + column));
-            multiply_rows(rounded_query, depths, packed_keys, key_tiles * kSide, [&](size_t column, const float* sums) {
-                for (size_t row = 0; row < count; ++row)
-                    _mm512_store_ps(scores + row * key_tiles * kSide + column, _mm512_load_ps(sums + row * kRows));
-            });
+            for (size_t tile = 0; tile < key_tiles; tile += 2) {
+                const auto product = tile + 1 < key_tiles ? multiply<true> : multiply<false>;
+                product(rounded_query, depths, packed_keys + tile * depths * kTile, scores + tile * kSide, key_tiles * kSide);
+            }
             float totals[kRows];
             for (size_t row = 0; row < count; ++row)
                 totals[row] = share(scores + row * key_tiles * kSide, shares + row * steps * kDepth, steps);
@@ -55,24 +55,30 @@ struct Attention {
     }
 
 private:
-    __mmask16 present(size_t first) const {
-        return keys - first >= kSide ? 0xffff : static_cast<__mmask16>((1u << (keys - first)) - 1);
-    }
+    // Of 16 keys from `first` on, those that there are.
+    __mmask16 behind(size_t first) const { return static_cast<__mmask16>((1u << (keys - first)) - 1); }
 
     // Scores of a row to shares that are not divided by their sum yet, which is returned; zeros behind the last key.
     float share(const float* scores, Bfloat16* shares, size_t steps) const {
         const __m512 nothing = _mm512_set1_ps(-3.4e38f);
+        const size_t whole = keys / kSide * kSide;
         __m512 largest = nothing;
-        for (size_t first = 0; first < keys; first += kSide)
-            largest = _mm512_max_ps(largest, _mm512_mask_loadu_ps(nothing, present(first), scores + first));
-        const __m512 by = _mm512_set1_ps(scale), top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+        for (size_t first = 0; first < whole; first += kSide)
+            largest = _mm512_max_ps(largest, _mm512_load_ps(scores + first));
+        if (whole < keys) largest = _mm512_max_ps(largest, _mm512_mask_loadu_ps(nothing, behind(whole), scores + whole));
+        const __m512 by = _mm512_set1_ps(scale * kLog2E);
+        const __m512 top = _mm512_set1_ps(-_mm512_reduce_max_ps(largest) * scale * kLog2E);
         __m512 sum = _mm512_setzero_ps();
-        for (size_t first = 0; first < keys; first += kSide) {
-            const __mmask16 inside = present(first);
-            const __m512 away = _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, scores + first), top);
-            const __m512 one = _mm512_maskz_mov_ps(inside, exponential(_mm512_mul_ps(away, by)));
+        for (size_t first = 0; first < whole; first += kSide) {
+            const __m512 one = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(scores + first), by, top));
             sum = _mm512_add_ps(sum, one);
             store_rounded(shares + first, one);
+        }
+        if (whole < keys) {
+            const __m512 last = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(scores + whole), by, top));
+            const __m512 one = _mm512_maskz_mov_ps(behind(whole), last);
+            sum = _mm512_add_ps(sum, one);
+            store_rounded(shares + whole, one);
         }
         const size_t filled = up(keys, kSide) * kSide;
         if (filled < steps * kDepth) std::memset(shares + filled, 0, kSide * sizeof(Bfloat16));
@@ -81,21 +87,17 @@ private:
 
     // Keys become columns: two numbers of a key stand together as they do in its row, so rows are turned in pairs.
     void pack_keys(const float* rows, size_t wide, size_t depths, Bfloat16* to) const {
-        const size_t padded = depths * kDepth;
-        std::memset(to, 0, up(keys, kSide) * depths * kTile * sizeof(Bfloat16));
-        alignas(64) Bfloat16 row[kDepth * 32];
-        for (size_t key = 0; key < keys; ++key) {
-            for (size_t done = 0; done < key_width; done += sizeof row / sizeof *row) {
-                const size_t left = key_width - done, count = left < kDepth * 32 ? left : kDepth * 32;
-                for (size_t column = 0; column < count; column += kSide)
-                    store_rounded(row + column, _mm512_loadu_ps(rows + key * wide + done + column));
-                for (size_t pair = 0; pair < count / 2; ++pair) {
-                    const size_t number = (done / 2 + pair), tile = key / kSide * depths + number / kSide;
-                    std::memcpy(to + tile * kTile + number % kSide * 2 * kSide + key % kSide * 2, row + 2 * pair, 4);
-                }
+        if (depths * kDepth != key_width || keys % kSide)
+            std::memset(to, 0, up(keys, kSide) * depths * kTile * sizeof(Bfloat16));
+        for (size_t key = 0; key < keys; ++key)
+            for (size_t column = 0; column < key_width; column += kSide) {
+                alignas(32) Bfloat16 row[kSide];
+                store_rounded(row, _mm512_loadu_ps(rows + key * wide + column));
+                Bfloat16* tile = to + (key / kSide * depths + column / kDepth) * kTile;
+                Bfloat16* place = tile + column % kDepth / 2 * 2 * kSide + key % kSide * 2;
+                for (size_t pair = 0; pair < kSide / 2; ++pair)
+                    std::memcpy(place + pair * 2 * kSide, row + 2 * pair, 2 * sizeof *row);
             }
-        }
-        static_cast<void>(padded);
     }
 
     // Two values' rows interleaved.

@@ -97,46 +97,67 @@ void for_each(const Context* context, size_t units, Call call) {
     check(api->parallel_for(context, plain, units, &call));
 }
 
+// Reads a layer from inputs `index` on, which is moved behind them: weight [depth, columns], scale (int8 alone), bias.
+// Of `every` such layers of one size, side by side in turns of 16 columns, it is number `place`.
 template <typename T>
-void read_linear(const Info* info, size_t index, Linear& linear) {
-    const Value* value = constant_of(info, index);
+void read_linear(const Info* info, size_t& index, Linear& linear, size_t every = 1, size_t place = 0) {
+    constexpr bool kScaled = sizeof(T) == 1;
+    const Value* value = constant_of(info, index++);
     const std::vector<int64_t> sides = sides_of(value);
-    expect(sides.size() == 2 && sides[0] % kSide == 0 && sides[1] % kSide == 0,
+    expect(sides.size() == 2 && sides[0] > 0 && sides[0] % kSide == 0 && sides[1] % kSide == 0,
            "expected a weight with two sides that 16 divides");
-    linear.depth = sides[0];
-    linear.columns = sides[1];
-    pack_weight(data_of<const T>(value), linear.depth, linear.columns, linear.weight);
+    const size_t depth = sides[0], columns = sides[1];
+    expect(place == 0 || (depth == linear.depth && columns * every == linear.columns), "expected layers that fit");
+    linear.depth = depth;
+    linear.columns = columns * every;
+    linear.scale.resize(linear.columns);
+    linear.bias.resize(linear.columns);
+    const size_t tiles = linear.depths() * kTile;
+    Bfloat16* packed = linear.weight.grow(linear.columns / kSide * tiles);
+    pack_weight(data_of<const T>(value), depth, columns, packed + place * tiles, every);
+    const std::vector<float> scale = kScaled ? vector_of(info, index++, columns) : std::vector<float>(columns, 1.0f);
+    const std::vector<float> bias = vector_of(info, index++, columns);
+    for (size_t column = 0; column < columns; ++column) {
+        const size_t to = (column / kSide * every + place) * kSide + column % kSide;
+        linear.scale[to] = scale[column];
+        linear.bias[to] = bias[column];
+    }
 }
 
-// Inputs: x, norm's scale and bias, then each layer's weight, scale (int8 alone) and bias.
-template <typename T>
+// Inputs: x, norm's scale and bias (the latter not where gated), then the layers: first or gate and up, second.
+template <typename T, bool kGated>
 struct MlpKernel {
     static constexpr bool kScaled = sizeof(T) == 1;
-    static constexpr const char* kName = kScaled ? "Int8Mlp" : "Mlp";
-    static constexpr size_t kInputs = kScaled ? 9 : 7;
+    static constexpr const char* kName = kGated ? "Int8GatedMlp" : kScaled ? "Int8Mlp" : "Mlp";
+    static constexpr size_t kFirst = kGated ? 2 : 3, kLayer = kScaled ? 3 : 2;
+    static constexpr size_t kInputs = kFirst + kLayer * (kGated ? 3 : 2);
 
     Mlp mlp;
 
-    static int input_type(size_t index) { return kScaled && (index == 3 || index == 6) ? kInt8 : kFloat; }
+    static int input_type(size_t index) {
+        return kScaled && index >= kFirst && (index - kFirst) % kLayer == 0 ? kInt8 : kFloat;
+    }
 
     explicit MlpKernel(const Info* info) {
-        check(api->attribute(info, "epsilon", &mlp.epsilon));
-        size_t index = 3;
-        for (Linear* linear : {&mlp.first, &mlp.second}) {
-            read_linear<T>(info, index++, *linear);
-            linear->scale = kScaled ? vector_of(info, index++, linear->columns) : std::vector<float>(linear->columns, 1.0f);
-            linear->bias = vector_of(info, index++, linear->columns);
-        }
-        mlp.width = mlp.first.depth;
-        expect(mlp.second.depth == mlp.first.columns && mlp.second.columns == mlp.width, "expected layers that fit");
-        mlp.norm_scale = vector_of(info, 1, mlp.width);
-        mlp.norm_shift = vector_of(info, 2, mlp.width);
+        size_t index = kFirst;
+        mlp.gated = kGated;
+        read_linear<T>(info, index, mlp.first, kGated ? 2 : 1);
+        if (kGated) read_linear<T>(info, index, mlp.first, 2, 1);
+        read_linear<T>(info, index, mlp.second);
+        Norm& norm = mlp.norm;
+        norm.width = mlp.first.depth;
+        const bool fit = mlp.second.depth * (kGated ? 2 : 1) == mlp.first.columns && mlp.second.columns == norm.width;
+        expect(fit, "expected layers that fit");
+        check(api->attribute(info, "epsilon", &norm.epsilon));
+        norm.scale = vector_of(info, 1, norm.width);
+        if (!kGated) norm.shift = vector_of(info, 2, norm.width);
     }
 
     void compute(Context* context) const {
         const Value* x = input_of(context, 0);
         const std::vector<int64_t> sides = sides_of(x);
-        expect(sides.size() == 2 && sides[1] == static_cast<int64_t>(mlp.width), "expected rows of the layer's width");
+        const bool fits = sides.size() == 2 && sides[1] == static_cast<int64_t>(mlp.norm.width);
+        expect(fits, "expected rows of the layer's width");
         const size_t rows = sides[0];
         const float* from = data_of<float>(x);
         float* to = output_of(context, sides);
@@ -240,8 +261,8 @@ extern "C" __attribute__((visibility("default"))) segzero::ort::Status* Register
         static ort::Domain* domain = [] {
             ort::Domain* made = nullptr;
             check(api->create_domain("segzero", &made));
-            for (const ort::CustomOp* op : {described<MlpKernel<float>>(), described<MlpKernel<int8_t>>(),
-                                            described<AttentionKernel<false>>(), described<AttentionKernel<true>>()})
+            for (const ort::CustomOp* op : {described<MlpKernel<float, false>>(), described<MlpKernel<int8_t, false>>(),
+                                            described<MlpKernel<int8_t, true>>(), described<AttentionKernel<false>>(), described<AttentionKernel<true>>()})
                 check(api->add_operator(made, op));
             return made;
         }();
