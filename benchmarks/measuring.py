@@ -111,7 +111,8 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS, *,
 
 def shown_argument(part: str) -> str:
     """Paths outside the repository by their last name: where somebody keeps a checkpoint says nothing to a reader."""
-    return Path(part).name if part.startswith("/") else part
+    name, equals, value = part.rpartition("=")  # as in --bundle int8=/somewhere/int8
+    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else part
 
 
 def checkout_commit() -> str | None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.baseline import interleave
-from benchmarks.measuring import check_files, paired, run_and_exit, write_result
+from benchmarks.measuring import check_files, paired, run_and_exit, shown_argument, write_result
 from benchmarks.process import check_answers, run_once
 from segzero_rt.commands.bench import Task, draw_picture
 from segzero_rt.errors import DatasetError
@@ -61,6 +61,21 @@ def test_a_program_refuses_in_one_line(
     with pytest.raises(SystemExit) as ended:
         run_and_exit(program, "some")
     assert ended.value.code == status and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        pytest.param("--bundle", "--bundle", id="an option"),
+        pytest.param("bundles/tabletop", "bundles/tabletop", id="within the checkout"),
+        pytest.param("/somewhere/else/B", "B", id="elsewhere"),
+        pytest.param("int8=/somewhere/B", "int8=B", id="a name and elsewhere"),
+        pytest.param("--out=/somewhere", "--out=somewhere", id="an option and elsewhere"),
+        pytest.param("int8=bundles/B", "int8=bundles/B", id="a name and within"),
+    ],
+)
+def test_results_do_not_tell_where_things_lay(part: str, shown: str) -> None:
+    assert shown_argument(part) == shown
 
 
 def test_files_that_a_child_would_miss(tmp_path: Path) -> None:
