@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def write_result(what: str, document: dict[str, Any], folder: Path = RESULTS, *,
     With a `variant` that stands behind `what`, so that several can be kept.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
-    command = " ".join(["python", "-m", f"benchmarks.{what}", *(shown_argument(part) for part in sys.argv[1:])])
+    command = shlex.join(["python", "-m", f"benchmarks.{what}", *(shown_argument(part) for part in sys.argv[1:])])
     whole = {
         "what": what,
         "date": now.isoformat(timespec="seconds"),

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--skip-compile", action="store_true", help="without torch.compile, which compiles for minutes")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     pin_to_cores(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="segzero-encoder-") as folder:
@@ -123,7 +123,7 @@ def main() -> None:
             folder=Path(folder),
         )
         document = {"size": arguments.size, "threads": arguments.threads, **measure(runs, arguments.rounds)}
-    path = write_result("segmenter_encoder", document, arguments.results, variant=arguments.size)
+    path = write_result("segmenter_encoder", document, arguments.out, variant=arguments.size)
     print(path, file=sys.stderr)
     print(json.dumps(document))
 

@@ -85,13 +85,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--flavour", choices=("ort", "portable"), default="ort")
     parser.add_argument("--alone", action="store_true", help="measure the one size here and write no result file")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args()
     if arguments.alone:
         print(json.dumps(measure(arguments.sizes[0], arguments.flavour)))
         return
     rows = [_in_own_process(size, arguments.flavour) for size in arguments.sizes]
-    path = write_result("segmenter_parity", {"rows": rows}, arguments.results)
+    path = write_result("segmenter_parity", {"rows": rows}, arguments.out)
     print(path, file=sys.stderr)
     print(json.dumps(rows))
 
