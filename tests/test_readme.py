@@ -16,6 +16,7 @@ PAGES = (
     "benchmarks/README.md",
     "export/README.md",
     "segzero_rt/kernels/README.md",
+    "segzero_rt/operators/README.md",
     "segzero_rt/readers/README.md",
     "training/README.md",
     "training/experiments/README.md",

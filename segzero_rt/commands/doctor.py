@@ -111,6 +111,7 @@ def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_
         "machine": machine,
         "backends": _backends(),
         "kernels": _kernels(problems),
+        "operators": _operators(problems),
         "parts": {name: all(map(_is_installed, modules)) for name, modules in _OPTIONAL_PARTS.items()},
         "bundle": bundle,
         "preflight": preflight,
@@ -126,6 +127,18 @@ def _kernels(problems: list[str]) -> dict[str, str] | None:
 
     try:
         chosen = resolve_kernels()
+    except SegZeroError as error:
+        problems.append(printable(str(error)))
+        return None
+    return {"name": chosen.name, "detail": printable(chosen.detail)}
+
+
+def _operators(problems: list[str]) -> dict[str, str] | None:
+    """What graphs' own operators run as and why; None beside a problem where a forced build cannot be had."""
+    from segzero_rt.operators.library import resolve_operators
+
+    try:
+        chosen = resolve_operators()
     except SegZeroError as error:
         problems.append(printable(str(error)))
         return None
@@ -248,8 +261,9 @@ def _machine_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(target, version) for target, version in machine["tensorrt"].items()]
     for name, backend in report["backends"].items():
         rows.append((f"backend {name}", f"{'yes' if backend['available'] else 'no'}: {backend['detail']}"))
-    if report["kernels"]:
-        rows.append(("kernels", f"{report['kernels']['name']}: {report['kernels']['detail']}"))
+    for part in ("kernels", "operators"):
+        if report[part]:
+            rows.append((part, f"{report[part]['name']}: {report[part]['detail']}"))
     rows.append(("extras", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in report["parts"].items())))
     return rows
 
