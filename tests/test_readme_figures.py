@@ -49,6 +49,8 @@ Sentence = Callable[[dict[str, Any]], str]
 FIGURES: list[tuple[str, str, Sentence]] = [
     (PAGE, "ood_splits", lambda one: (
         f"{one['splits']['ood_function']['by_kind']['function']['giou']:.3f} of gIoU by function on `ood_function`")),
+    (PAGE, "eval_test900_int8", lambda one: (
+        f"gIoU is {one['giou']:.3f}, and {none_answers(one)} questions about something absent get none")),
     (PAGE, "thinking_ablation", lambda one: f"in {100 * one['swapped']['follows']:.0f} of 100 cases"),
     (PAGE, "rollout", lambda one: f"{one['speed_up']['shared']['loop']:.1f} times the samples per second of TRL's"),
     (PAGE, "export_size_int4", lambda one: (
@@ -60,6 +62,8 @@ FIGURES: list[tuple[str, str, Sentence]] = [
     (BENCHMARKS, "eval_test300_int8", lambda one: f"answered with none {none_answers(one)}"),
     (BENCHMARKS, "eval_test300_int8", lambda one: f"false none {100 * one['false_none_rate']:.1f} %"),
     (BENCHMARKS, "eval_test300_float16", lambda one: f"float16 {none_answers(one).split(' of ')[0]} of"),
+    (BENCHMARKS, "eval_test900_int8", lambda one: f"{none_answers(one)} such are answered with none"),
+    (BENCHMARKS, "eval_test900_int8", lambda one: f"gIoU there is {interval(one)}"),
     (BENCHMARKS, "eval_test300_int4", lambda one: f"the pair scores {interval(one)}"),
     (BENCHMARKS, "eval_test300_awq", lambda one: interval(one).rstrip(")")),
     (BENCHMARKS, "eval_test300_qdq", lambda one: interval(one).rstrip(")")),
