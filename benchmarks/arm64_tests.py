@@ -3,6 +3,10 @@
 Needs `python -m benchmarks.emulated_arm64 .venv-arm64` first. Installs the checkout's wheel there, kernels compiled for
 arm64, asks the shipped bundle here and there, then runs every test of the runtime that needs no PyTorch; what those
 tests want exported is exported here. Emulated, nothing of it says how fast an arm64 machine is.
+
+Hours, where other work runs beside it. So files run one by one, each with a limit of its own, and what one came to is
+kept in the machine's folder: stopped, the same command goes on behind the last file that ended; another wheel begins
+anew.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import ast
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -189,6 +194,52 @@ def read_report(xml: str) -> dict[str, Any]:
     return {"total": dict(total), "files": files, "skipped": dict(skipped), "failures": failures}
 
 
+def run_each(machine: EmulatedArm64, files: Sequence[Path], bundles: Path, *, timeout_s: float) -> dict[str, Any]:
+    """Runs test files one by one, as `run_tests`; what ended before, with the same wheel and the same file, is not run.
+
+    Args:
+        timeout_s: of one file; one that does not end in time counts as a failure.
+
+    Returns:
+        As `run_tests`, for all files together.
+    """
+    notes = machine.folder / "tests.jsonl"
+    known = dict(json.loads(line) for line in notes.read_text("utf-8").splitlines()) if notes.is_file() else {}
+    results = []
+    for path in files:
+        digest = hashlib.sha256(machine.installed().encode() + path.read_bytes()).hexdigest()
+        if digest not in known:
+            try:
+                known[digest] = run_tests(machine, [path], bundles, timeout_s=timeout_s)
+            except MachineError as error:
+                known[digest] = _not_ended(path.stem, str(error))
+            else:
+                with notes.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps([digest, known[digest]]) + "\n")
+        results.append(known[digest])
+        print(f"arm64: {path.stem}: {known[digest]['total']}", file=sys.stderr, flush=True)
+    return merged(results)
+
+
+def _not_ended(name: str, reason: str) -> dict[str, Any]:
+    counts = {"error": 1}
+    return {"seconds": 0, "total": counts, "files": {name: counts}, "skipped": {}, "failures": {name: reason[:300]}}
+
+
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of `run_tests` as that of one run."""
+    total: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
+    whole: dict[str, Any] = {"seconds": 0, "total": total, "files": {}, "skipped": skipped, "failures": {}}
+    for one in results:
+        whole["seconds"] += one["seconds"]
+        total.update(one["total"])
+        skipped.update(one["skipped"])
+        whole["files"] |= one["files"]
+        whole["failures"] |= one["failures"]
+    return whole
+
+
 @contextlib.contextmanager
 def exported_bundles() -> Iterator[Path]:
     """A folder of the bundles that tests want, made by this Python, which has PyTorch."""
@@ -225,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         print(json.dumps(answers, indent=1), flush=True)
         with exported_bundles() as bundles:
-            tests = run_tests(machine, options.files or runtime_tests(), bundles, timeout_s=LIMIT_S)
+            tests = run_each(machine, options.files or runtime_tests(), bundles, timeout_s=LIMIT_S)
         document = {"arm64": facts(machine), "answers_x86_arm64": answers, "tests": tests}
     except MachineError as error:
         print(f"arm64: {error}", file=sys.stderr)

@@ -116,6 +116,11 @@ class EmulatedArm64:
         versions = {it.metadata["Name"]: it.version for it in found}
         return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
+    def installed(self) -> str:
+        """A digest of what the installed wheel was built from; "" before `install_project`."""
+        note = self.folder / _INSTALLED
+        return note.read_text("utf-8") if note.is_file() else ""
+
     def install_project(self) -> bool:
         """Builds the checkout's wheel on the emulated machine, kernels included, and installs it unless it is there.
 

@@ -21,6 +21,7 @@ from benchmarks.arm64_tests import (
     facts,
     likeness,
     read_report,
+    run_each,
     run_tests,
     runtime_tests,
     segment,
@@ -207,6 +208,40 @@ def test_likeness_is_that_of_the_worst_object(
     alike = likeness(one, other)
     assert (alike["box_difference_px"], alike["mask_iou"]) == expected
     assert alike["objects"] == [len(one["objects"]), len(other["objects"])]  # type: ignore[arg-type]
+
+
+def test_a_stopped_run_goes_on_behind_the_last_file_that_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    slow = {"test_two"}
+
+    def run_one(machine: object, files: list[Path], bundles: Path, *, timeout_s: float) -> dict[str, object]:
+        name = files[0].stem
+        asked.append(name)
+        if name in slow:
+            raise MachineError(f"expected {name} to end")
+        counts = {"passed": 2, "skipped": 1}
+        return {"seconds": 3, "total": counts, "files": {name: counts}, "skipped": {"no GPU": 1}, "failures": {}}
+
+    monkeypatch.setattr("benchmarks.arm64_tests.run_tests", run_one)
+    files = [tmp_path / f"test_{name}.py" for name in ("one", "two", "three")]
+    for path in files:
+        path.write_text(f"# {path.stem}")
+    machine = EmulatedArm64(folder=tmp_path)
+
+    def run() -> dict[str, object]:
+        return run_each(machine, files, tmp_path, timeout_s=1)
+
+    first = run()
+    assert first["failures"] == {"test_two": "expected test_two to end"} and first["seconds"] == 6
+    assert first["total"] == {"passed": 4, "skipped": 2, "error": 1} and first["skipped"] == {"no GPU": 2}
+    slow.clear()
+    assert run()["total"] == {"passed": 6, "skipped": 3}
+    assert asked == ["test_one", "test_two", "test_three", "test_two"], "what ended is not run again"
+    files[0].write_text("# changed")
+    run()
+    (tmp_path / "installed_project").write_text("another wheel")
+    run()
+    assert asked[4:] == ["test_one", "test_one", "test_two", "test_three"]
 
 
 def test_a_report_counts_outcomes_by_file_and_keeps_what_failed() -> None:
