@@ -269,7 +269,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain", "--preset", "huge"], "expected --preset to be one of tabletop, debug, got 'huge'"),
+        (["pretrain", "--preset", "huge"], "expected --preset to be one of tabletop, tabletop_brief, debug"),
+        (["pretrain", "--preset", "tabletop_brief"], "expected --start-from with --preset tabletop_brief"),
         (["segmenter", "--preset", "huge"], "expected --preset to be one of"),
         (["pretrain", "--preset", "debug", "--scenes", "5"], "expected --scenes of at least 6, got 5"),
         (["pretrain", "--scenes", "-3"], "expected a whole number above 0"),

@@ -55,10 +55,12 @@ writes: DIR/scenes/         the rendered training pictures, made first (0.25 MB 
         DIR/metrics.jsonl   one line every 10 steps
         DIR/hf/             the policy as transformers and `segzero export` read it
 
-presets: tabletop  the shipped policy (hours on two CPU cores)
-         debug     seconds: every code path, nothing learnt""",
+presets: tabletop        the shipped base (hours on two CPU cores)
+         tabletop_brief  300 further steps, in which two of five thoughts are brief; with --start-from
+         debug           seconds: every code path, nothing learnt""",
         """examples:
   segzero train pretrain --out runs/pretrain
+  segzero train pretrain --preset tabletop_brief --start-from training/checkpoints/tabletop/base --out runs/brief_base
   segzero train pretrain --preset debug --scenes 12 --out /tmp/debug""",
     ),
     "segmenter": (
@@ -219,9 +221,15 @@ def _train_policy(arguments: argparse.Namespace) -> None:
         raise SegZeroError(
             f"expected --start-from to be a published policy with {READOUTS_NAME}, got {arguments.start_from}"
         )
+    preset = make_preset()
+    if preset.goes_on and arguments.start_from is None:
+        raise SegZeroError(
+            f"expected --start-from with --preset {arguments.preset}, which goes on from a published base; give "
+            "training/checkpoints/tabletop/base"
+        )
     folder = arguments.out / "scenes"
     build_cache(folder, split="train", seed=0, count=arguments.scenes, input_side=INPUT_SIDE)
-    Pretraining(make_preset(), arguments.out, SceneCache(folder), start_from=arguments.start_from).run()
+    Pretraining(preset, arguments.out, SceneCache(folder), start_from=arguments.start_from).run()
 
 
 def _preset(presets: Mapping[str, Preset], name: str) -> Preset:

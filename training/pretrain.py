@@ -59,6 +59,8 @@ class PretrainPreset:
     """One step in so many also reads 48 text-only questions."""
     brief_share: float = 0.0
     """Of the thoughts, those that are taught in fewer words (`brief_thoughts`)."""
+    goes_on: bool = False
+    """Makes no sense from scratch: a published base must be given to start from."""
     compiled: bool = True
     """Fuse the passes with torch.compile: minutes to start, then twice as fast on a CPU."""
     checkpoint_minutes: float = 4.0
@@ -83,7 +85,7 @@ def tabletop_brief() -> PretrainPreset:
     thoughts are taught in fewer words: a base in which a reward for brevity finds something to prefer."""
     return PretrainPreset(
         num_vision_steps=0, num_steps=300, decay_steps=270, vision_batch=48, batch=16, learning_rate=3e-4,
-        warmup_steps=30, knowledge_every=2, brief_share=0.4,
+        warmup_steps=30, knowledge_every=2, brief_share=0.4, goes_on=True,
     )  # fmt: skip
 
 
