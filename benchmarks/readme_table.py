@@ -315,7 +315,7 @@ def busy(document: dict[str, Any]) -> str:
     busy_with = f"load average {load:.1f} on {CORES.get(str(card['cores']), 'many cores')}"
     nice = card.get("scheduling_group_nice")
     if nice is not None and nice <= HIGH_PRIORITY:
-        return f"\n\nTaken beside other work ({busy_with}), at a priority that left it the cores."
+        return f"\n\nTaken beside other work ({busy_with}) that had to give way: one core hardly shows it, two may."
     return f"\n\nTaken on a busy machine ({busy_with}): to be taken again."
 
 
