@@ -53,17 +53,17 @@ def told(library: Library, timing_cache: Path | None = None, **options: Any) -> 
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        # version, (hardware levels, attention, runtime config)
-        pytest.param("10.3.0", (("ampere-plus",), False, False), id="jetpack-6"),
-        pytest.param("10.8.0.43", (("ampere-plus",), False, False), id="10.8"),
-        pytest.param("10.15.1.29", (("same-capability", "ampere-plus"), True, True), id="10.15"),
-        pytest.param("11.0.0.114", (("same-capability", "ampere-plus"), True, True), id="11.0"),
-        pytest.param("11.4.0.106", (("same-capability", "ampere-plus"), True, True), id="11.4"),
+        # version, (hardware levels, attention)
+        pytest.param("10.3.0", (("ampere-plus",), False), id="jetpack-6"),
+        pytest.param("10.8.0.43", (("ampere-plus",), False), id="10.8"),
+        pytest.param("10.15.1.29", (("same-capability", "ampere-plus"), True), id="10.15"),
+        pytest.param("11.0.0.114", (("same-capability", "ampere-plus"), True), id="11.0"),
+        pytest.param("11.4.0.106", (("same-capability", "ampere-plus"), True), id="11.4"),
     ],
 )
 def test_what_each_tensorrt_can_do_is_read_from_its_names(version: str, expected: tuple[Any, ...]) -> None:
     library = recorded(version)
-    assert (library.hardware_levels, library.has_attention, library.has_runtime_config) == expected
+    assert (library.hardware_levels, library.has_attention) == expected
     assert not library.builds_ahead and library.has_timing_cache and not library.tells_validity
     assert library.capability_names() == ()
     assert str(library) == f"tensorrt {version}"
@@ -72,7 +72,7 @@ def test_what_each_tensorrt_can_do_is_read_from_its_names(version: str, expected
 def test_what_tensorrt_rtx_can_do_is_read_from_its_names() -> None:
     library = recorded("rtx-1.7.1.116")
     assert library.builds_ahead and not library.has_timing_cache
-    assert library.tells_validity and library.has_runtime_config
+    assert library.tells_validity and library.has_attention
     assert library.capability_names() == ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 

@@ -232,7 +232,7 @@ def test_an_engine_is_given_one_memory_for_a_cache_and_its_update() -> None:
     device = Device()
     engine = SimpleNamespace(create_execution_context=lambda: Context(device))
     record: Any = SimpleNamespace(profiles=[SimpleNamespace(shapes={})])
-    backend: Any = SimpleNamespace(library=SimpleNamespace(has_runtime_config=False), gpu=device)
+    backend: Any = SimpleNamespace(library=SimpleNamespace(), gpu=device)
     graph = EngineGraph(engine, record, spec, backend)
     cache, write_indices = np.zeros((1, 1, 4, 2), np.float32), np.zeros(1, np.int64)
     bound = graph.bind({"write_indices": write_indices, "past_key_0": cache}, {"present_key_0": cache})

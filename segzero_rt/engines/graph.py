@@ -252,10 +252,7 @@ class EngineGraph(Graph):
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            if self._library.has_runtime_config:
-                context = self._engine.create_execution_context(runtime_config=self._engine.create_runtime_config())
-            else:
-                context = self._engine.create_execution_context()
+            context = self._engine.create_execution_context()  # its arguments have defaults in 10.3 to 11.4
             if context is None or not context.set_optimization_profile_async(profile, self._device.stream_handle):
                 raise GraphError(f"graph {self.spec.label}: expected memory for its context, got none; close programs")
             self._contexts[profile] = context

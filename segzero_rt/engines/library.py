@@ -53,11 +53,6 @@ class Library:
         return hasattr(self.module.LayerType, "ATTENTION_INPUT")
 
     @property
-    def has_runtime_config(self) -> bool:
-        """Execution contexts are configured by an object of their own; 10.3 takes keyword arguments."""
-        return hasattr(self.module.ICudaEngine, "create_runtime_config")
-
-    @property
     def tells_validity(self) -> bool:
         """Says of a file, before it is loaded, whether it would run on this device: TensorRT-RTX."""
         return hasattr(self.module.Runtime, "get_engine_validity")
