@@ -15,9 +15,6 @@ from pathlib import Path
 import pytest
 from kernel_builds import NEEDS_COMPILER
 
-from segzero_rt.kernels.build import processor_features
-from segzero_rt.operators.sources import FEATURES
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 _COPIED = ("segzero_rt", "export", "training", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
@@ -87,11 +84,12 @@ def test_the_extension_is_built_where_a_compiler_is_and_found_where_it_is_instal
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout
     assert not (tmp_path / "cache").exists()
-    if processor_features() >= FEATURES:
-        found = "from segzero_rt.operators.library import resolve_operators; print(resolve_operators().detail)"
-        forced = environment | {"SEGZERO_OPERATORS": "compiled"}
-        run = subprocess.run([sys.executable, "-c", found], cwd=tmp_path, env=forced, capture_output=True, text=True)
-        assert run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout, run.stderr
+    found = "from segzero_rt.operators.library import resolve_operators; print(resolve_operators().detail)"
+    run = subprocess.run(
+        [sys.executable, "-c", found], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    installed = run.stdout.startswith(str(tmp_path / "site")) and "(installed)" in run.stdout
+    assert installed or "expected a processor with AMX" in run.stdout
     changed = tmp_path / "site/segzero_rt/kernels/masks.cuh"
     changed.write_text(changed.read_text("utf-8") + "// changed\n", "utf-8")
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
