@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from host_device import HostDriver
 from kernel_builds import BUILDS, kernel_build
 
 from segzero_rt.answer_format import VISION_REASONER
+from segzero_rt.device import Device
 from segzero_rt.kernels import backend
 from segzero_rt.kernels.backend import Kernels, resolve_kernels
 from segzero_rt.kernels.parse_prompts import parse_prompts
@@ -110,6 +113,18 @@ def test_waits_of_all_threads_are_counted_and_memory_is_taken_again(build: str) 
     assert device.num_host_waits - before == ROUNDS * of_one_round
     most_at_once = THREADS * 40  # buffers of one job
     assert device.num_allocations - allocations < most_at_once, "threads share the pool; nothing is lost"
+
+
+def test_no_wait_is_lost_where_threads_change_while_one_is_counted() -> None:
+    class SlowToSay(HostDriver):
+        def is_pinned(self, array: np.ndarray) -> bool:
+            time.sleep(1e-4)
+            return super().is_pinned(array)
+
+    device, values = Device(SlowToSay()), np.arange(9)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda _: device.to_device(values), range(100)))
+    assert device.num_host_waits == 100
 
 
 def test_threads_that_ask_first_get_one_build(monkeypatch: pytest.MonkeyPatch) -> None:
