@@ -84,7 +84,8 @@ class LayerwiseGraph:
             [onnx.ValueInfoProto(name=name) for name in part.outputs],
             [self._weights[name] for name in self._weights if name in used],
         )
-        model = helper.make_model(graph, opset_imports=list(self._model.opset_import))
+        opsets, functions = list(self._model.opset_import), list(self._model.functions)
+        model = helper.make_model(graph, opset_imports=opsets, functions=functions)
         model.ir_version = self._model.ir_version
         model = decoded(model, self._path.parent)
         options = onnxruntime.SessionOptions()

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="compares with transformers")
 
 import onnx
 import torch
-from policy_checkpoints import policy_bundle, random_picture
+from policy_checkpoints import policy_bundle, random_picture, write_checkpoint
 from test_policy_streaming import changed, in_shards, writer
 
 from export.gate import EXACT, FOUR_BITS, default_limits
@@ -272,3 +272,13 @@ def test_weights_are_read_by_rows_and_stacked() -> None:
         for stop in range(start + 1, 8):
             np.testing.assert_array_equal(stacked.rows(start, stop), whole[start:stop])
     np.testing.assert_array_equal(stacked.part(3, 6).rows(1, 3), whole[4:6])
+
+
+def test_parts_of_a_graph_keep_its_own_operators(tmp_path: Path) -> None:
+    """Heads of sixteen are attended by an operator of this package's, which a graph defines beside its nodes."""
+    write_checkpoint(tmp_path / "hf", vision_hidden=64, vision_heads=4)
+    options = {**OPTIONS, "input_size_hw": (84, 84), "storage": "int4", "gate_questions": ("the red cup",)}
+    loose = replace(FOUR_BITS, max_vision_error=0.3, max_decoder_error=1.2, max_kl_mean=2.0, min_top1=0.0)
+    exported = export_policy(tmp_path / "hf", tmp_path / "out", external=True, gate_limits=loose, **options)
+    assert onnx.load(str(exported.files["policy/vision.onnx"]), load_external_data=False).functions
+    assert exported.gate["method"] == "layer by layer"
