@@ -338,6 +338,16 @@ def test_the_doctor_says_that_a_whole_bundle_runs(segzero: Any, tiny_bundle_path
     assert readable.status == 0 and readable.out.rstrip().endswith("yes")
 
 
+def test_the_doctor_names_a_forced_build_of_the_operators_that_cannot_be_had(
+    segzero: Any, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGZERO_OPERATORS", "reference")
+    assert segzero("doctor", str(tiny_bundle_path), "--json").document["operators"]["name"] == "reference"
+    monkeypatch.setenv("SEGZERO_OPERATORS", "fastest")
+    report = segzero("doctor", str(tiny_bundle_path), "--json").document
+    assert report["operators"] is None and any("got 'fastest'" in problem for problem in report["problems"])
+
+
 @pytest.mark.parametrize(
     ("figures", "expected"),
     [

@@ -116,7 +116,7 @@ def examine(bundle_path: str | None = None, backend: str = "auto", *, preflight_
         "bundle": bundle,
         "preflight": preflight,
         "trial": trial,
-        "problems": problems,
+        "problems": [*dict.fromkeys(problems)],  # a trial meets what was found before it
         "runs": not problems,
     }
 
