@@ -1,6 +1,8 @@
 """Run by `test_segmenter_official.py`: SAM 2's own package with random weights writes a checkpoint and what it answers.
 
-    python tests/sam2_reference.py FOLDER_OF_SAM2 CONFIG OUT
+    python tests/sam2_reference.py FOLDER_OF_SAM2 CONFIG OUT [SIDE]
+
+With a SIDE in pixels the features of a picture of that size alone, for the larger models' sake.
 
 `sam2.sam2_image_predictor` imports torchvision, whose one CPU build does not import beside this torch; it needs three
 names of it, which stand here, made of torch alone. Nothing else of the package is replaced.
@@ -93,14 +95,19 @@ def picture() -> np.ndarray:
     return np.clip(patches + rng.normal(0, 20, patches.shape), 0, 255).astype(np.uint8)
 
 
-def main(package: str, config: str, out: Path) -> None:
+def pixels(side: int) -> Tensor:
+    """float32 [1, 3, side, side], as after the mean is taken off."""
+    return torch.randn((1, 3, side, side), generator=torch.Generator().manual_seed(3))
+
+
+def main(package: str, config: str, out: Path, side: int | None = None) -> None:
     sys.path.insert(0, package)
     stand_in_for_torchvision()
     from sam2.build_sam import build_sam2
-    from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     torch.manual_seed(0)
-    model = build_sam2(config, device="cpu")
+    resized = [] if side is None else [f"++model.image_size={side}"]
+    model = build_sam2(config, device="cpu", hydra_overrides_extra=resized)
     with torch.no_grad():  # a new model has biases, norms and positions of 0 and 1, which would hide a wrong name
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "pos_embed" in name or name == "no_mem_embed":
@@ -108,6 +115,13 @@ def main(package: str, config: str, out: Path) -> None:
     torch.save({"model": model.state_dict()}, out / "checkpoint.pt")
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     (out / "names.json").write_text(json.dumps(names))
+    if side is not None:
+        with torch.no_grad():
+            features = model.forward_image(pixels(side))["backbone_fpn"]
+        np.savez(out / "features.npz", *[level.numpy() for level in features])
+        return
+    from sam2.sam2_image_predictor import SAM2ImagePredictor
+
     predictor = SAM2ImagePredictor(model)
     predictor.set_image(picture())
     features = {"image_embeddings": predictor._features["image_embed"]}
@@ -120,4 +134,4 @@ def main(package: str, config: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))

@@ -207,6 +207,30 @@ def test_the_graphs_answer_as_sam2_itself(tmp_path: Path, shapes: Shapes) -> Non
         np.testing.assert_allclose(ours.scores, scores[rows, best], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (SAM2 / "sam2").is_dir(), reason="PyPI's sam2 is not in .venv-sam2 or SEGZERO_SAM2; `make test` puts it there"
+)
+@pytest.mark.parametrize("name", [name for name in CONFIG_NAMES if name != "sam2.1_hiera_t"])
+def test_every_published_size_is_read_as_sam2_reads_it(tmp_path: Path, name: str) -> None:
+    """All weights of the true size, over a small picture: each lands where the package itself has it."""
+    import sam2_reference
+
+    side = 256
+    config = f"configs/{name.partition('_')[0]}/{name}.yaml"
+    command = [sys.executable, str(TESTS / "sam2_reference.py"), str(SAM2), config, str(tmp_path), str(side)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    model, told = read_official(tmp_path / "checkpoint.pt")
+    assert told == name
+    with torch.no_grad():
+        ours = model.get_image_features(sam2_reference.pixels(side), return_dict=True).fpn_hidden_states
+    theirs = np.load(tmp_path / "features.npz")
+    for level, mine in enumerate(ours):  # [H * W, 1, C]
+        reference = theirs[f"arr_{level}"]
+        assert relative(mine.permute(1, 2, 0).reshape(reference.shape).numpy(), reference) < 1e-5, level
+
+
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
