@@ -35,8 +35,9 @@ SEGZERO = Path(sys.executable).parent / "segzero"
 QUICK = ("test_answer_format", "test_bundle", "test_preflight")
 """Files that are quick enough for every run; `make test-arm64` has the others."""
 MIN_MASK_IOU = 0.9
-MAX_BOX_DIFFERENCE_PX = 4.0
-"""A step of the coordinates that the policy writes is about 1.2 pixels of this picture."""
+MAX_BOX_DIFFERENCE_PX = 8.0
+"""Of sides of about 100. A step of the coordinates that the policy writes is 1.2 pixels of this picture; where two digits
+are nearly as likely, another order of additions chooses the other (seen: five steps)."""
 LIMIT_S = 1200
 
 
