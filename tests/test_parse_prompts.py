@@ -201,8 +201,8 @@ def test_mutants_are_read_alike(on_device: str, host: Kernels) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_device", DEVICE_BUILDS)
-def test_many_mutants_are_read_alike(on_device: str, host: Kernels) -> None:
-    _fuzz(100_000, 8, [host, kernel_build(on_device)])
+def test_a_million_mutants_are_read_alike(on_device: str, host: Kernels) -> None:
+    _fuzz(1_000_000, 8, [host, kernel_build(on_device)])
 
 
 @NEEDS_COMPILER
