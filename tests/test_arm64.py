@@ -36,8 +36,8 @@ QUICK = ("test_answer_format", "test_bundle", "test_preflight")
 """Files that are quick enough for every run; `make test-arm64` has the others."""
 MIN_MASK_IOU = 0.9
 MAX_BOX_DIFFERENCE_PX = 8.0
-"""Of sides of about 100. A step of the coordinates that the policy writes is 1.2 pixels of this picture; where two digits
-are nearly as likely, another order of additions chooses the other (seen: five steps)."""
+"""Of sides of about 100. A step of the coordinates that the policy writes is 1.2 pixels of this picture; where two
+digits are nearly as likely, another order of additions chooses the other (seen: five steps)."""
 LIMIT_S = 1200
 
 
