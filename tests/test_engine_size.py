@@ -84,23 +84,57 @@ def test_sam_2_1_tiny_at_its_true_size(library: Library, tmp_path: Path) -> None
     assert engine_bytes(library, tmp_path / "decoder.onnx", specs.decoder, prompts) > 10 << 20
 
 
-def test_qwen2_5_vl_at_the_width_of_3b_with_one_layer(library: Library, tmp_path: Path) -> None:
-    """Hidden 2048, inner 11008, 16 heads on 2; one decoder layer and a vocabulary of 400."""
+WIDTHS_OF_3B = {
+    "hidden": 2048,
+    "intermediate": 11008,
+    "heads": 16,
+    "kv_heads": 2,
+    "mrope_section": (16, 24, 24),
+    "vision_hidden": 1280,
+    "vision_intermediate": 3420,
+    "vision_heads": 16,
+}
+LENGTH = 4096
+
+
+@pytest.fixture(scope="module")
+def at_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with one decoder layer, two blocks of the tower and a vocabulary of 400."""
     from policy_checkpoints import write_checkpoint
 
+    folder = tmp_path_factory.mktemp("at_3b") / "hf"
+    write_checkpoint(folder, **WIDTHS_OF_3B, layers=1, vision_depth=2)
+    return folder
+
+
+@pytest.mark.parametrize("flavour", ["portable", "trt11"])
+def test_the_decoder_at_the_width_of_3b_with_one_layer(
+    flavour: str, library: Library, at_3b: Path, tmp_path: Path
+) -> None:
     from export.policy_checkpoint import PolicyCheckpoint
     from export.policy_decoder import build_decoder
     from export.policy_embedding import write_token_table
-    from segzero_rt.graph_spec import decoder_spec
 
-    sizes = {"hidden": 2048, "heads": 16, "kv_heads": 2, "layers": 1, "mrope_section": (16, 24, 24)}
-    write_checkpoint(tmp_path / "hf", **sizes, intermediate=11008)
-    checkpoint = PolicyCheckpoint(tmp_path / "hf")
+    checkpoint = PolicyCheckpoint(at_3b)
     write_token_table(checkpoint, tmp_path, storage="float16")
-    build_decoder(checkpoint, flavour="portable", storage="float16").save(tmp_path / "decoder.onnx")
-    spec = decoder_spec(
-        flavour="portable", num_layers=1, num_kv_heads=2, head_dim=128, hidden_size=2048, vocab_size=400
-    )
-    decode = {"batch": (1, 1, 1), "new": (1, 1, 1), "rows": (1, 1, 1), "capacity": (256, 1280, 4096)}
-    decode["capacity_and_new"] = (257, 1281, 4097)
-    assert engine_bytes(library, tmp_path / "decoder.onnx", spec, {"decode": decode}) > 250 << 20
+    options = {"max_length": LENGTH} if flavour == "trt11" else {}
+    builder = build_decoder(checkpoint, flavour=flavour, storage="float16", **options)
+    builder.save(tmp_path / "decoder.onnx")
+    one = {"batch": (1, 1, 1), "rows": (1, 1, 1)}
+    cache = {"capacity": (256, 1280, LENGTH), "capacity_and_new": (257, 1281, LENGTH + 1)}
+    profiles: dict[str, Any] = {"decode": {**one, "new": (1, 1, 1), **cache}}
+    if flavour == "trt11":  # its cache is as long as the file says
+        profiles = {"prefill": {**one, "new": (1, 1280, LENGTH)}, "decode": {**one, "new": (1, 1, 1)}}
+    assert engine_bytes(library, tmp_path / "decoder.onnx", builder.spec, profiles) > 250 << 20
+
+
+def test_the_tower_at_the_width_of_3b_with_two_blocks(library: Library, at_3b: Path, tmp_path: Path) -> None:
+    """840 by 840 pixels: 3600 patches, in 64 windows of up to 64 for one block, all together for the other."""
+    from export.policy_checkpoint import PolicyCheckpoint
+    from export.policy_vision import build_vision
+
+    builder = build_vision(PolicyCheckpoint(at_3b), flavour="portable", storage="float16", input_size_hw=(840, 840))
+    builder.save(tmp_path / "vision.onnx")
+    lengths = {"batch": 1, "patches": 3600, "windows": 64, "slots": 64, "tokens": 900}
+    profile = {name: (length,) * 3 for name, length in lengths.items()}
+    assert engine_bytes(library, tmp_path / "vision.onnx", builder.spec, {"picture": profile}) > 250 << 20
