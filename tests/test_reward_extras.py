@@ -121,13 +121,23 @@ def test_brevity_is_for_right_answers_only(name: str, answer: str, objects: tupl
 
 
 @pytest.mark.parametrize(
-    ("words", "share"), [(0, 1), (4, 1), (5, 1), (6, 34 / 35), (22, 18 / 35), (39, 1 / 35), (40, 0), (500, 0)]
+    ("words", "share"), [(0, 1), (4, 1), (5, 1), (10, 2 / 3), (20, 1 / 3), (39, 0.01218), (40, 0), (500, 0)]
 )
 def test_brevity_falls_from_floor_to_budget(words: int, share: float) -> None:
     text = reply(f"[{LEFT_ITEM}]", "mug " * words)
-    assert give(brevity_reward(budget=40, floor=5), text, LEFT) == pytest.approx(0.5 * share)
-    by_length = brevity_reward(budget=40 * 4, floor=5 * 4, count_tokens=len)
-    assert give(by_length, text, LEFT) == pytest.approx(0.5 * min(1, max(0, (160 - max(0, 4 * words - 1)) / 140)))
+    assert give(brevity_reward(budget=40, floor=5), text, LEFT) == pytest.approx(0.5 * share, abs=1e-5)
+
+
+def test_halving_a_thinking_is_worth_the_same_however_long_it_was() -> None:
+    reward = brevity_reward(budget=80, floor=5)
+    bonuses = [give(reward, reply(f"[{LEFT_ITEM}]", "mug " * words), LEFT) for words in (80, 40, 20, 10, 5)]
+    assert bonuses == pytest.approx([0.0, 0.5 / 4, 0.5 / 2, 0.5 * 3 / 4, 0.5])
+
+
+def test_brevity_counts_what_it_is_told_to() -> None:
+    text = reply(f"[{LEFT_ITEM}]", "mugs mugs")  # nine characters, two words
+    assert give(brevity_reward(budget=9, floor=3, count_tokens=len), text, LEFT) == 0.0
+    assert give(brevity_reward(budget=27, floor=3, count_tokens=len), text, LEFT) == pytest.approx(0.5 / 2)
 
 
 def test_accuracy_comes_before_brevity() -> None:
@@ -145,7 +155,9 @@ def test_accuracy_comes_before_brevity() -> None:
         assert score(short, rewards).total > score(long, rewards).total
 
 
-@pytest.mark.parametrize(("budget", "floor", "most"), [(4, 4, 0.5), (4, 5, 0.5), (9, -1, 0.5), (9, 1, 1.0), (9, 1, 0)])
+@pytest.mark.parametrize(
+    ("budget", "floor", "most"), [(4, 4, 0.5), (4, 5, 0.5), (9, 0, 0.5), (9, -1, 0.5), (9, 1, 1.0), (9, 1, 0)]
+)
 def test_brevity_refuses(budget: int, floor: int, most: float) -> None:
     with pytest.raises(ValueError, match="floor < budget"):
         brevity_reward(budget=budget, floor=floor, most=most)

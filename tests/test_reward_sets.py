@@ -93,11 +93,9 @@ def test_brevity_reads_the_family_of_its_set(of: str, answer: str) -> None:
 def test_the_setting_of_brevity_is_its_budget() -> None:
     text = reply(f"[{MUG_ITEM}]", "word " * 20)
     assert given("tabletop+brevity:20", text)["brevity"] == 0.0
-    assert given("tabletop+brevity:36", text)["brevity"] == pytest.approx(0.5 * 16 / 32)
-    assert given("tabletop+brevity:36:0.9", text)["brevity"] == pytest.approx(0.9 * 16 / 32)
-    assert given("tabletop+brevity", text)["brevity"] == pytest.approx(
-        0.5 * (BREVITY_BUDGET - 20) / (BREVITY_BUDGET - 4)
-    )
+    assert given("tabletop+brevity:100", text)["brevity"] == pytest.approx(0.5 / 2), "20 lies midway from 4 to 100"
+    assert given("tabletop+brevity:100:0.9", text)["brevity"] == pytest.approx(0.9 / 2)
+    assert given("tabletop+brevity", text)["brevity"] == given(f"tabletop+brevity:{BREVITY_BUDGET}", text)["brevity"]
 
 
 BAD_NAMES = {

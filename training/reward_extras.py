@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -91,6 +92,10 @@ def brevity_reward(
     Accuracy comes first: among right answers a criterion of accuracy is worth 1 over the number of objects, so with
     `most` below 1 no brevity makes up for one. `empty_thinking_penalty` beside it keeps the thinking from vanishing.
 
+    The bonus falls with the logarithm of the tokens, so halving a thinking is worth the same however long it was: a
+    straight line, steep enough to shorten a thinking of ten tokens, has nothing left to give where questions about
+    relations and several objects take fifteen to twenty, and those stay as they are.
+
     Args:
         budget: tokens of thinking from which on there is nothing to earn.
         floor: tokens up to which the bonus is whole; below, being shorter earns nothing.
@@ -100,10 +105,10 @@ def brevity_reward(
         count_tokens: tokens of a text, the policy's tokenizer for one; words and marks by default.
 
     Raises:
-        ValueError: not 0 <= floor < budget, or `most` outside 0 … 1.
+        ValueError: not 1 <= floor < budget, or `most` outside 0 … 1.
     """
-    if not 0 <= floor < budget or not 0 < most < 1:
-        raise ValueError(f"expected 0 <= floor < budget and 0 < most < 1, got {floor}, {budget} and {most}")
+    if not 1 <= floor < budget or not 0 < most < 1:
+        raise ValueError(f"expected 1 <= floor < budget and 0 < most < 1, got {floor}, {budget} and {most}")
     rule = functools.partial(
         _brevity, budget=budget, floor=floor, most=most, family=family, mode=mode, count=count_tokens or count_marks
     )
@@ -243,7 +248,7 @@ def _brevity(
     if not is_right(case, family=family, mode=mode):
         return 0.0
     spent = count(parsed_answer(case.text, family, mode, case.input_size_hw).thinking)
-    share = min(1.0, max(0.0, (budget - spent) / (budget - floor)))
+    share = min(1.0, max(0.0, math.log(budget / max(spent, floor)) / math.log(budget / floor)))
     return most * share / max(1, len(case.objects))
 
 
