@@ -1,4 +1,4 @@
-"""Engines of graphs at their true sizes and widths, random weights: slow, since each takes many seconds to build."""
+"""Engines of policies at their true sizes and widths, random weights: slow, since each takes many seconds to build."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from built_engines import built_bytes, parsed
 
 from segzero_rt.bundle import EMBEDDED, Bundle
-from segzero_rt.engines.builder import BuildOptions, ParsedGraph, parse_graph
 from segzero_rt.engines.library import Library, find_library
-from segzero_rt.engines.profiles import ProfileLimits, axis_lengths, make_profiles
+from segzero_rt.engines.profiles import ProfileLimits, axis_lengths
 from segzero_rt.graph_spec import GraphSpec
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'segzero-rt[tensorrt-rtx]'")
@@ -29,14 +29,7 @@ def library() -> Library:
 
 def engine_bytes(library: Library, path: Path, spec: GraphSpec, lengths: Mapping[str, Any]) -> int:
     """Parses, checks against the spec and builds; the size of the engine."""
-    graph = parse_graph(library, path)
-    assert isinstance(graph, ParsedGraph), [str(refusal) for refusal in graph]
-    graph.check(spec)
-    profiles = make_profiles(spec, graph.declared_inputs(), lengths)
-    engine = graph.build(profiles, BuildOptions(), timing_cache=None, progress=lambda phase, share: None)
-    for name in (*spec.input_names, *spec.output_names):
-        assert name.encode() in bytes(engine)
-    return len(engine)
+    return built_bytes(parsed(library, path, spec), spec, lengths)
 
 
 def test_the_tabletop_policy(library: Library, tmp_path: Path) -> None:
@@ -61,27 +54,6 @@ def test_the_tabletop_policy(library: Library, tmp_path: Path) -> None:
         builder.save(tmp_path / f"{name}.onnx")
         size = engine_bytes(library, tmp_path / f"{name}.onnx", policy_specs(policy)[name], lengths[name])
         assert size > (tmp_path / f"{name}.onnx").stat().st_size, "weights are inside"
-
-
-def test_sam_2_1_tiny_at_its_true_size(library: Library, tmp_path: Path) -> None:
-    """38.9 M parameters, 1024 by 1024 pixels: image encoder and mask decoder."""
-    import torch
-    from transformers import Sam2Config, Sam2Model
-
-    from export.segmenter import export_mask_decoder
-    from export.segmenter_encoder import build_image_encoder
-    from export.segmenter_specs import segmenter_specs
-
-    torch.manual_seed(0)
-    model = Sam2Model(Sam2Config()).eval()
-    specs = segmenter_specs(model)
-    build_image_encoder(model, specs.encoder, flavour="portable", storage="float16").save(tmp_path / "encoder.onnx")
-    export_mask_decoder(model, tmp_path / "decoder.onnx", storage="float16", flavour="portable")
-    batch = {"batch": (1, 1, 1)}
-    size = engine_bytes(library, tmp_path / "encoder.onnx", specs.encoder, {"picture": batch})
-    assert size > 100 << 20, "27 M parameters in float32"
-    prompts = {"prompts": {**batch, "objects": (1, 1, 16), "points": (2, 5, 16)}}
-    assert engine_bytes(library, tmp_path / "decoder.onnx", specs.decoder, prompts) > 10 << 20
 
 
 WIDTHS_OF_3B = {
