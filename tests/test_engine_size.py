@@ -1,22 +1,30 @@
-"""Engines of policies at their true sizes and widths, random weights: slow, since each takes many seconds to build."""
+"""Engines of policies at their true sizes and widths, random weights: slow, some seconds each."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from built_engines import built_bytes, parsed
+from built_engines import built_bytes, layer_types, parsed
 
 from segzero_rt.bundle import EMBEDDED, Bundle
 from segzero_rt.engines.library import Library, find_library
 from segzero_rt.engines.profiles import ProfileLimits, axis_lengths
-from segzero_rt.graph_spec import GraphSpec
+from segzero_rt.positions import window_index
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'segzero-rt[tensorrt-rtx]'")
 pytest.importorskip("torch", reason="the checkpoints of these tests are made with it")
+
+from benchmarks.random_policy import SIZES, write_policy
+from export.policy_checkpoint import PolicyCheckpoint
+from export.policy_decoder import build_decoder
+from export.policy_embedding import build_embedding, write_token_table
+from export.policy_vision import build_vision
+from segzero_rt.policy import policy_specs
+
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,19 +35,8 @@ def library() -> Library:
     return find_library("tensorrt-rtx")
 
 
-def engine_bytes(library: Library, path: Path, spec: GraphSpec, lengths: Mapping[str, Any]) -> int:
-    """Parses, checks against the spec and builds; the size of the engine."""
-    return built_bytes(parsed(library, path, spec), spec, lengths)
-
-
 def test_the_tabletop_policy(library: Library, tmp_path: Path) -> None:
     """All graphs of the shipped policy's checkpoint, in the flavour that TensorRT reads."""
-    from export.policy_checkpoint import PolicyCheckpoint
-    from export.policy_decoder import build_decoder
-    from export.policy_embedding import build_embedding, write_token_table
-    from export.policy_vision import build_vision
-    from segzero_rt.policy import policy_specs
-
     checkpoint = PolicyCheckpoint(REPOSITORY / "training/checkpoints/tabletop/policy")
     manifest = Bundle.open(EMBEDDED).manifest
     policy = dataclasses.replace(manifest.policy, flavour="portable")
@@ -52,61 +49,82 @@ def test_the_tabletop_policy(library: Library, tmp_path: Path) -> None:
     lengths = axis_lengths(dataclasses.replace(manifest, policy=policy), ProfileLimits())
     for name, builder in builders.items():
         builder.save(tmp_path / f"{name}.onnx")
-        size = engine_bytes(library, tmp_path / f"{name}.onnx", policy_specs(policy)[name], lengths[name])
+        spec = policy_specs(policy)[name]
+        size = built_bytes(parsed(library, tmp_path / f"{name}.onnx", spec), spec, lengths[name])
         assert size > (tmp_path / f"{name}.onnx").stat().st_size, "weights are inside"
 
 
-WIDTHS_OF_3B = {
-    "hidden": 2048,
-    "intermediate": 11008,
-    "heads": 16,
-    "kv_heads": 2,
-    "mrope_section": (16, 24, 24),
-    "vision_hidden": 1280,
-    "vision_intermediate": 3420,
-    "vision_heads": 16,
-}
 LENGTH = 4096
+VOCABULARY = 400
+"""So few tokens that the widths take the time."""
+LAYERS = {"qwen2.5-vl-3b": 1, "qwen2.5-vl-7b": 1, "qwen3-vl-2b": 2, "qwen3-vl-4b": 2}
+"""Qwen3-VL's first layers take more from the picture than the last does."""
+DECODERS = [
+    ("qwen2.5-vl-3b", "portable", "float32"),
+    ("qwen2.5-vl-3b", "trt11", "float32"),
+    *((name, flavour, "float16") for name in SIZES for flavour in ("portable", "trt11")),
+]
+TOWERS = [("qwen2.5-vl-3b", "float32"), *((name, "float16") for name in SIZES if name != "qwen3-vl-2b")]
+"""Qwen3-VL-2B's is that of 4B but for the width that it gives out."""
+LEAST_OF_FILE = {"float32": 1.8, "float16": 0.95}
+"""What an engine that computes in this has at least, beside the bytes of its file, whose weights have 16 bits."""
 
 
-@pytest.fixture(scope="module")
-def at_3b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with one decoder layer, two blocks of the tower and a vocabulary of 400."""
-    from policy_checkpoints import write_checkpoint
-
-    folder = tmp_path_factory.mktemp("at_3b") / "hf"
-    write_checkpoint(folder, **WIDTHS_OF_3B, layers=1, vision_depth=2)
-    return folder
+def at_width(name: str, folder: Path, *, layers: int, **changes: Any) -> PolicyCheckpoint:
+    """A checkpoint at the widths of a published size, random weights, few layers and as few blocks of its tower."""
+    write_policy(dataclasses.replace(SIZES[name], vocab=VOCABULARY, **changes), None, folder, layers=layers)
+    return PolicyCheckpoint(folder)
 
 
-@pytest.mark.parametrize("flavour", ["portable", "trt11"])
-def test_the_decoder_at_the_width_of_3b_with_one_layer(
-    flavour: str, library: Library, at_3b: Path, tmp_path: Path
+@pytest.mark.parametrize(("name", "flavour", "computed"), DECODERS)
+def test_layers_of_every_decoder_at_its_true_width(
+    name: str, flavour: str, computed: str, library: Library, tmp_path: Path
 ) -> None:
-    from export.policy_checkpoint import PolicyCheckpoint
-    from export.policy_decoder import build_decoder
-    from export.policy_embedding import write_token_table
-
-    checkpoint = PolicyCheckpoint(at_3b)
+    """In float16 norms stay in float32, and no product does."""
+    checkpoint = at_width(name, tmp_path / "hf", layers=LAYERS[name], vision={"intermediate_size": 64})
     write_token_table(checkpoint, tmp_path, storage="float16")
-    options = {"max_length": LENGTH} if flavour == "trt11" else {}
-    builder = build_decoder(checkpoint, flavour=flavour, storage="float16", **options)
-    builder.save(tmp_path / "decoder.onnx")
+    options: dict[str, Any] = {"max_length": LENGTH} if flavour == "trt11" else {}
+    builder = build_decoder(checkpoint, flavour=flavour, storage="float16", computed=computed, **options)
+    path = tmp_path / "decoder.onnx"
+    builder.save(path)
+    graph = parsed(library, path, builder.spec)
+    found = layer_types(graph)
+    assert {dtype for operator, dtype in found if operator in ("MatMul", "Gemm")} == {computed}
+    assert {dtype for operator, dtype in found if operator in ("ReduceMean", "Sqrt", "RMSNormalization")} == {"float32"}
     one = {"batch": (1, 1, 1), "rows": (1, 1, 1)}
-    cache = {"capacity": (256, 1280, LENGTH), "capacity_and_new": (257, 1281, LENGTH + 1)}
-    profiles: dict[str, Any] = {"decode": {**one, "new": (1, 1, 1), **cache}}
-    if flavour == "trt11":  # its cache is as long as the file says
-        profiles = {"prefill": {**one, "new": (1, 1280, LENGTH)}, "decode": {**one, "new": (1, 1, 1)}}
-    assert engine_bytes(library, tmp_path / "decoder.onnx", builder.spec, profiles) > 250 << 20
+    profiles: dict[str, Any] = {"prefill": {**one, "new": (1, 1280, LENGTH)}, "decode": {**one, "new": (1, 1, 1)}}
+    if flavour == "portable":  # trt11's cache is as long as the file says
+        for profile in profiles.values():
+            profile |= {"capacity": (256, 1280, LENGTH)}
+            profile["capacity_and_new"] = tuple(map(sum, zip(profile["capacity"], profile["new"], strict=True)))
+    file_bytes = path.stat().st_size
+    shutil.rmtree(tmp_path / "hf")  # pytest keeps folders, and these are large
+    path.unlink()
+    assert built_bytes(graph, builder.spec, profiles) > file_bytes * LEAST_OF_FILE[computed]
 
 
-def test_the_tower_at_the_width_of_3b_with_two_blocks(library: Library, at_3b: Path, tmp_path: Path) -> None:
-    """840 by 840 pixels: 3600 patches, in 64 windows of up to 64 for one block, all together for the other."""
-    from export.policy_checkpoint import PolicyCheckpoint
-    from export.policy_vision import build_vision
+@pytest.mark.parametrize(("name", "computed"), TOWERS)
+def test_two_blocks_of_every_tower_at_its_true_width(
+    name: str, computed: str, library: Library, tmp_path: Path
+) -> None:
+    """900 tokens a picture: 840 by 840 pixels, for Qwen3-VL 960 by 960.
 
-    builder = build_vision(PolicyCheckpoint(at_3b), flavour="portable", storage="float16", input_size_hw=(840, 840))
-    builder.save(tmp_path / "vision.onnx")
-    lengths = {"batch": 1, "patches": 3600, "windows": 64, "slots": 64, "tokens": 900}
-    profile = {name: (length,) * 3 for name, length in lengths.items()}
-    assert engine_bytes(library, tmp_path / "vision.onnx", builder.spec, {"picture": profile}) > 250 << 20
+    Qwen2.5-VL's first block looks at 64 windows of up to 64 patches each, its second at all 3600 at once.
+    """
+    checkpoint = at_width(name, tmp_path / "hf", layers=2, intermediate=64)
+    vision = checkpoint.vision
+    cell = vision.patch_size * vision.merge_size
+    options: dict[str, Any] = {"computed": computed, "input_size_hw": (30 * cell, 30 * cell)}
+    builder = build_vision(checkpoint, flavour="portable", storage="float16", **options)
+    path = tmp_path / "vision.onnx"
+    builder.save(path)
+    graph = parsed(library, path, builder.spec)
+    found = layer_types(graph)
+    assert {dtype for operator, dtype in found if operator == "Gemm"} == {computed}
+    counts = window_index((30, 30), vision.window_size // cell)[1]
+    lengths = {"batch": 1, "patches": 3600, "windows": len(counts), "slots": 4 * int(counts.max()), "tokens": 900}
+    file_bytes = path.stat().st_size
+    shutil.rmtree(tmp_path / "hf")
+    path.unlink()
+    profile = {axis: (length,) * 3 for axis, length in lengths.items()}
+    assert built_bytes(graph, builder.spec, {"picture": profile}) > file_bytes * LEAST_OF_FILE[computed]
