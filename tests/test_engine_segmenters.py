@@ -1,4 +1,4 @@
-"""Engines of every published segmenter at its true size, 1024 x 1024, random weights: slow, some seconds each."""
+"""Engines of the shipped segmenter, and of every published one at 1024 x 1024, random weights: slow, seconds each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from export.segmenter_specs import segmenter_specs  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 ONE = {"batch": (1, 1, 1)}
 
 
@@ -57,6 +58,30 @@ def written_encoder(make: Callable[[], Sam2Model], path: Path, computed: str) ->
     return spec
 
 
+def decoder_bytes(library: Library, model: Sam2Model, path: Path) -> int:
+    """Writes, parses and builds the mask decoder: up to 16 objects of up to 16 points each."""
+    from export.segmenter import export_mask_decoder
+
+    spec = segmenter_specs(model).decoder
+    export_mask_decoder(model, path, storage="float16", flavour="portable")
+    prompts = {"prompts": {**ONE, "objects": (1, 1, 16), "points": (2, 5, 16)}}
+    return built_bytes(parsed(library, path, spec), spec, prompts)
+
+
+@pytest.mark.parametrize("computed", ["float32", "float16"])
+def test_the_shipped_segmenter(computed: str, library: Library, tmp_path: Path) -> None:
+    """Image encoder and mask decoder of its checkpoint; it never learnt to take masks."""
+    from export.segmenter_checkpoint import load_checkpoint
+
+    model = load_checkpoint(REPOSITORY / "training/checkpoints/tabletop/segmenter")
+    path = tmp_path / "encoder.onnx"
+    spec = written_encoder(lambda: model, path, computed)
+    graph = parsed(library, path, spec)
+    assert {dtype for name, dtype in layer_types(graph) if name in ("MatMul", "Gemm", "Conv")} == {computed}
+    assert built_bytes(graph, spec, {"picture": ONE}) > 0.95 * path.stat().st_size
+    assert decoder_bytes(library, model, tmp_path / "decoder.onnx") > (tmp_path / "decoder.onnx").stat().st_size
+
+
 @pytest.mark.parametrize("computed", ["float32", "float16"])
 @pytest.mark.parametrize("size", HIERA_SIZES, ids=lambda size: size.name)
 def test_the_image_encoder_of_every_size_of_sam_2(
@@ -88,7 +113,7 @@ def test_the_image_encoder_of_edgetam(computed: str, library: Library, tmp_path:
 
 
 def test_mask_decoder_and_mask_prompt_which_all_of_them_share(library: Library, tmp_path: Path) -> None:
-    from export.segmenter import export_mask_decoder, export_mask_prompt
+    from export.segmenter import export_mask_prompt
 
     shapes = []
     with torch.device("meta"):
@@ -97,12 +122,9 @@ def test_mask_decoder_and_mask_prompt_which_all_of_them_share(library: Library, 
             shapes.append({f"{part} {n}": t.shape for part, of in parts.items() for n, t in of.state_dict().items()})
     assert all(other == shapes[0] for other in shapes[1:])
     model = segmenter(HIERA_SIZES[0])
-    specs = segmenter_specs(model)
-    export_mask_decoder(model, tmp_path / "decoder.onnx", storage="float16", flavour="portable")
+    assert decoder_bytes(library, model, tmp_path / "decoder.onnx") > 1.8 * (tmp_path / "decoder.onnx").stat().st_size
+    spec = segmenter_specs(model).mask_prompt
     export_mask_prompt(model, tmp_path / "mask_prompt.onnx", storage="float16")
-    graph = parsed(library, tmp_path / "decoder.onnx", specs.decoder)
-    prompts = {"prompts": {**ONE, "objects": (1, 1, 16), "points": (2, 5, 16)}}
-    assert built_bytes(graph, specs.decoder, prompts) > 1.8 * (tmp_path / "decoder.onnx").stat().st_size
-    graph = parsed(library, tmp_path / "mask_prompt.onnx", specs.mask_prompt)
+    graph = parsed(library, tmp_path / "mask_prompt.onnx", spec)
     assert layer_types(graph)["Conv", "float32"] == 3
-    assert built_bytes(graph, specs.mask_prompt, {"picture": ONE}) > 0
+    assert built_bytes(graph, spec, {"picture": ONE}) > 0
