@@ -86,8 +86,8 @@ def write_bundle(
         manifest: its `files` is replaced by what is written.
         files: path inside the bundle to contents, or to a file to copy.
         overwrite: replace a bundle that is there; it stays until the new one is complete.
-        link_below: files under this folder are the caller's to give away; they are linked where the disk allows it, so
-            that gigabytes are not copied.
+        link_below: files under this folder are the caller's to give away, and never change again; they are linked where
+            the disk allows it, so that gigabytes are not copied.
 
     Raises:
         BundleError: `target` exists and `overwrite` is false, or is no bundle, or the parts do not make a valid bundle.
@@ -213,10 +213,21 @@ def _write_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, bytes):
         path.write_bytes(source)
-    else:
+    elif link_below is None or not source.is_relative_to(link_below) or not _linked(source, path):
         shutil.copyfile(source, path)
     sync(path)
     return file_record(path)
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Gives a plain file a second name; false where the disk has no such names, or the two lie on different ones."""
+    if source.is_symlink():
+        return False
+    try:
+        os.link(source, path)
+    except OSError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -381,3 +382,25 @@ def test_files_may_be_copied_from_paths(tmp_path: Path) -> None:
     source.write_bytes(b"w" * 3_000_000)
     bundle = write_bundle(tmp_path / "deep/er/toy", MANIFEST, FILES | {"policy/weights.bin": source})
     assert bundle.file("policy/weights.bin").stat().st_size == 3_000_000
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["linked", "a disk without links"])
+def test_files_that_are_given_away_are_linked_and_others_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if refuses:
+        monkeypatch.setattr(os, "link", refuse)
+    given, kept, alias = tmp_path / "work/given.bin", tmp_path / "kept.bin", tmp_path / "work/alias.bin"
+    given.parent.mkdir()
+    given.write_bytes(b"g" * 5000)
+    kept.write_bytes(b"k" * 5000)
+    alias.symlink_to(given)
+    files = FILES | {"policy/given.bin": given, "policy/kept.bin": kept, "policy/alias.bin": alias}
+    bundle = write_bundle(tmp_path / "toy", MANIFEST, files, link_below=given.parent)
+    assert bundle.file("policy/given.bin").samefile(given) is not refuses
+    assert not bundle.file("policy/kept.bin").samefile(kept)
+    assert not bundle.file("policy/alias.bin").samefile(given)
+    assert bundle.file("policy/given.bin").read_bytes() == given.read_bytes()
