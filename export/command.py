@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +17,14 @@ from segzero_rt.answer_format import FORMATS
 from segzero_rt.bundle import Bundle, check_target, write_bundle
 from segzero_rt.commands.options import positive_integer
 from segzero_rt.commands.output import print_document
-from segzero_rt.errors import ExportError, SegZeroError
+from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
 from .precisions import COMPUTED, ENCODER_COMPUTED, INT4_METHODS, NVFP4, POLICY_STORAGES
+from .sources import check_policy, check_segmenter
+from .workplace import workplace
 
 if TYPE_CHECKING:  # both import torch, which `--help` must not wait for
     from .policy import PolicyExport
@@ -111,8 +109,6 @@ def qwen3_vl() -> Preset:
     return replace(vision_reasoner(), name="qwen3-vl", input_size_hw=(960, 960), resampler="pillow_bicubic")
 
 
-RESUMABLE_FROM_BYTES = 1 << 30
-"""Checkpoints of more are exported so that a killed export can go on."""
 TRIAL_SHARE = 0.7
 """Of the free memory that weights may take for the trial run of a bundle; activations and the cache come on top."""
 _SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16", "fp8": "float16", NVFP4: "float16"}
@@ -221,9 +217,10 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --policy and --segmenter, or --base with the part that is not given")
     if arguments.policy is None and arguments.segmenter is None:
         raise ExportError("expected --policy or --segmenter beside --base, got neither: there is nothing to export")
-    for option, path in (("--policy", arguments.policy), ("--segmenter", arguments.segmenter)):
-        if path is not None:
-            _check_checkpoint(path, option)
+    if arguments.policy is not None:
+        check_policy(arguments.policy)
+    if arguments.segmenter is not None:
+        check_segmenter(arguments.segmenter)
     if arguments.segmenter_config and arguments.segmenter is None:
         raise ExportError("expected --segmenter with --segmenter-config: what --base holds is taken as it is")
     if arguments.policy is None and (arguments.adapter or arguments.float32_product):
@@ -241,6 +238,8 @@ def execute(arguments: argparse.Namespace) -> int:
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     calibration = _calibration(arguments.calibration, arguments.calibration_count) if arguments.calibration else []
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
+    if arguments.policy is not None:  # its headers alone: what cannot be exported is told before the work
+        _imported("policy_checkpoint").PolicyCheckpoint(arguments.policy, arguments.adapter)
     with workplace(arguments.out, arguments.policy) as work:
         # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
         segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
@@ -328,30 +327,6 @@ def _size_hw(text: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-@contextmanager
-def workplace(out: Path, policy: Path | None) -> Iterator[Path]:
-    """A folder to write in, gone afterwards.
-
-    For a large policy it stands beside `out`: its files are moved, not copied, and what is whole of it stays when the
-    export is killed, stopped by Ctrl-C or out of disk space, so that the same command goes on from there.
-    """
-    num_bytes = sum(path.stat().st_size for path in policy.glob("*.safetensors")) if policy else 0
-    if num_bytes < RESUMABLE_FROM_BYTES:
-        with tempfile.TemporaryDirectory(prefix="segzero-export-") as temporary:
-            yield Path(temporary)
-        return
-    work = out.absolute().with_name(f".{out.name}.export")
-    work.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(work / "trial", ignore_errors=True)
-    try:
-        yield work
-    except SegZeroError as error:  # what the same command would meet again
-        if not isinstance(error, _imported("weight_store").DiskFullError):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work)
-
-
 def _export_policy(
     arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any], calibration: list[Any]
 ) -> PolicyExport:
@@ -404,17 +379,6 @@ def _imported(module: str) -> Any:
         return importlib.import_module(f".{module}", __package__)
     except ImportError as error:
         raise ExportError(f"expected PyTorch and its companions: {error}; install segzero-rt[export]") from error
-
-
-def _check_checkpoint(path: Path, option: str) -> None:
-    a_file = option == "--segmenter" and path.suffix in (".pt", ".pth")
-    if not a_file and (not (path / "config.json").is_file() or not any(path.glob("*.safetensors"))):
-        also = ", or a sam2*.pt" if option == "--segmenter" else ""
-        raise ExportError(
-            f"{option} {path}: expected a folder with config.json and *.safetensors{also}, got none there"
-        )
-    if a_file and not path.is_file():
-        raise ExportError(f"{option} {path}: expected a checkpoint of SAM 2's own package, there is no such file")
 
 
 def _gate_pictures(folder: Path | None, count: int) -> list[Any]:

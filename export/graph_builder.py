@@ -25,12 +25,13 @@ from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
 from segzero_rt.operators import DOMAIN
 
+from .disk import disk_error
 from .lazy_weight import Weight
 from .operators import SIDES_DIVIDED_BY, operator_function
 from .precisions import COMPUTED, EXPLICIT_STORAGES, POLICY_STORAGES, QUANTIZED_STORAGES
 from .precisions import STORAGES as STORAGES
 from .weight_encoding import BLOCK, FLOATS, FloatEncoding, Int4Encoding, Int8Encoding, Stored
-from .weight_store import InlineStore, WeightStore, disk_error, external_tensor
+from .weight_store import InlineStore, WeightStore, external_tensor
 
 OPSET = 17
 FLOAT8_OPSET = 19

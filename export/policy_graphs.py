@@ -10,6 +10,7 @@ from pathlib import Path
 
 from segzero_rt.errors import ExportError
 
+from .disk import DiskFullError
 from .graph_builder import FLOAT4_OPSET, OPSET, GraphBuilder
 from .nvfp4 import Float4Store, dequantize_file
 from .policy_checkpoint import PolicyCheckpoint
@@ -18,7 +19,7 @@ from .policy_embedding import TABLE_FILE, build_embedding, write_token_table
 from .policy_vision import build_vision
 from .precisions import NVFP4
 from .qdq import CODES, QdqStore, Reach, in_8_bits, quantize_file, scale_dtype
-from .weight_store import DiskFullError, DryStore, FileStore, InlineStore, WeightStore
+from .weight_store import DryStore, FileStore, InlineStore, WeightStore
 
 EXTERNAL_FROM_BYTES = 1 << 30
 """Weights of more lie in files beside the graphs: an ONNX file ends at 2 GB."""
@@ -143,7 +144,11 @@ class PolicyGraphWriter:
         self.builders["embedding"] = build_embedding(self._checkpoint, storage=self.precision.storage)
         self.builders["embedding"].save(self.folder / "embedding.onnx")
         for name in ("vision", "decoder"):
-            store = self._file_store(f"{name}.data") if self._external else InlineStore()
+            if self._external:
+                store: WeightStore = self._file_store(f"{name}.data")
+            else:
+                (self.folder / f"{name}.data").unlink(missing_ok=True)  # of a killed export with other options
+                store = InlineStore()
             builder = self._build(name, store)
             builder.save(self.folder / f"{name}.onnx")
             if self._reach:

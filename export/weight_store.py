@@ -6,7 +6,6 @@ tensor, and a journal names what is whole, so that an export that was killed goe
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from abc import ABC, abstractmethod
@@ -17,8 +16,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from onnx import TensorProto
 
-from segzero_rt.errors import ExportError
-
+from .disk import disk_error
 from .weight_encoding import Encoding, Stored
 
 INLINE_BYTES = 16 << 10
@@ -166,20 +164,6 @@ def external_tensor(tensor: Stored, location: str, offset: int = 0) -> TensorPro
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(tensor.num_bytes))):
         proto.external_data.add(key=key, value=value)
     return proto
-
-
-class DiskFullError(ExportError):
-    """No room is left; what is written so far is whole, and the same export goes on from there."""
-
-
-def disk_error(error: OSError, path: Path) -> ExportError:
-    """What to say when a file cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"expected room for {path.name}, but the disk of {path.parent} is full; free some and run the same command "
-            "again, it goes on from there"
-        )
-    return ExportError(f"expected to write {path}, got: {error.strerror or error}")
 
 
 def _raw(values: np.ndarray) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,37 +151,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     arguments = ["tabletop", "--policy", policy, "--segmenter", segmenter, "--out", str(tmp_path / out)]
     with pytest.raises(SegZeroError, match=expected):
         command.execute(make_parser(command).parse_args(arguments))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("error", "stays"),
-    [(None, False), ("ExportError", False), ("DiskFullError", True), ("KeyboardInterrupt", True)],
-    ids=["done", "refused", "full disk", "stopped"],
-)
-def test_the_work_on_a_large_policy_stays_when_it_can_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str | None, stays: bool
-) -> None:
-    pytest.importorskip("onnx", reason="what is written needs it")
-    from export.weight_store import DiskFullError
-
-    errors = {"ExportError": ExportError, "DiskFullError": DiskFullError, "KeyboardInterrupt": KeyboardInterrupt}
-    monkeypatch.setattr(command, "RESUMABLE_FROM_BYTES", 1)
-    caught = pytest.raises(errors[error]) if error else nullcontext()
-    with caught, command.workplace(tmp_path / "bundle", PUBLISHED) as work:
-        (work / "policy").mkdir()
-        if error:
-            raise errors[error]("stopped")
-    assert work == tmp_path / ".bundle.export"
-    assert work.exists() is stays
-    with command.workplace(tmp_path / "bundle", PUBLISHED) as again:
-        assert again == work
-        assert (again / "policy").exists() is stays
-
-
-def test_the_work_on_a_small_policy_is_done_elsewhere(tmp_path: Path) -> None:
-    with command.workplace(tmp_path / "bundle", PUBLISHED) as work:
-        assert tmp_path not in work.parents
-    assert not work.exists()
 
 
 def test_a_size_of_pictures_takes_the_presets_place() -> None:

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export import weight_store
+from export.disk import DiskFullError
 from export.policy import export_policy
 from export.policy_checkpoint import PolicyCheckpoint
 from export.policy_graphs import PolicyGraphWriter, Precision
-from export.weight_store import DiskFullError, FileStore
+from export.weight_store import FileStore
 from segzero_rt.errors import ExportError
 from segzero_rt.external_data import external_entries
 
@@ -154,6 +155,17 @@ def test_another_checkpoint_or_precision_begins_anew(policy_folders: Callable[[s
     assert write(source, tmp_path / "out", storage="float32").resumed == 0
     other = changed(source, tmp_path / "hf", lambda weights: weights["model.norm.weight"].add_(1.0))
     assert write(other, tmp_path / "out", storage="float32").resumed == 0
+
+
+def test_weights_of_a_killed_export_do_not_get_into_a_bundle_that_has_its_own(
+    policy_folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = policy_folders("grouped-heads")
+    assert "decoder.data" in write(source, tmp_path / "out", storage="float32").file_names
+    graphs = writer(source, tmp_path / "out", storage="int8")
+    graphs.plan(external=False)
+    graphs.write()
+    assert not [name for name in graphs.file_names if name.endswith(".data")]
 
 
 def test_a_full_disk_is_told_before_the_work(
