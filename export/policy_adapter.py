@@ -17,10 +17,17 @@ from segzero_rt.errors import ExportError
 from .lazy_weight import Floats, Weight
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
-_EXPECTED = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "fan_in_fan_out": False}
-"""Settings under which an adapter is a sum of products and nothing else."""
+_EXPECTED = {"peft_type": "LORA", "bias": "none"}
+_UNSET = (
+    *("use_dora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+)
+"""Settings that are off where an adapter is a sum of products and nothing else; the names are those of PEFT 0.21."""
+_BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` with which PEFT leaves the weights of the base model as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +62,7 @@ class PolicyAdapter:
             config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ExportError(f"expected an adapter with {CONFIG_FILE} in {folder}, got: {error}") from error
-        for name, expected in _EXPECTED.items():
-            if config.get(name, expected) not in (expected, [] if expected is None else expected):
-                raise ExportError(
-                    f"expected an adapter with {name} {expected}, got {config[name]} in {folder}; merge it with PEFT "
-                    "and export the merged checkpoint"
-                )
+        _check(config, folder)
         self._products = _products(folder, config, current_key)
         self._used: set[str] = set()
 
@@ -98,10 +100,34 @@ class PolicyAdapter:
         return digest.hexdigest()
 
 
+def _check(config: Any, folder: Path) -> None:
+    """Refuses settings whose adapters are more than a sum of products."""
+    if not isinstance(config, dict):
+        raise ExportError(f"expected a JSON object in {folder / CONFIG_FILE}, got {type(config).__name__}")
+    strange = [(name, value, config[name]) for name, value in _EXPECTED.items() if config.get(name, value) != value]
+    strange += [(name, "unset", config[name]) for name in _UNSET if config.get(name)]
+    started = config.get("init_lora_weights", True)
+    if started not in _BASE_KEPT:
+        strange.append(("init_lora_weights", "that leaves the base model as it is", started))
+    if strange:
+        name, expected, got = strange[0]
+        raise ExportError(
+            f"expected an adapter with {name} {expected}, got {str(got)[:60]} in {folder}; merge it with PEFT "
+            "(merge_and_unload) and export the merged checkpoint"
+        )
+    patterns = (config.get("alpha_pattern") or {}, config.get("rank_pattern") or {})
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ExportError(f"expected alpha_pattern and rank_pattern by module in {folder / CONFIG_FILE}, got another")
+
+
 def _products(folder: Path, config: dict[str, Any], current_key: Callable[[str], str]) -> dict[str, _Product]:
     from safetensors import SafetensorError, safe_open
 
     path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = (folder / PICKLED_FILE).is_file()
+        came = f"{PICKLED_FILE} alone, a pickle: load it with PEFT and save it again" if pickled else "none"
+        raise ExportError(f"expected {WEIGHTS_FILE} in {folder}, got {came}")
     parts: dict[str, dict[str, Floats]] = {}
     try:
         with safe_open(path, framework="pt") as weights:
@@ -114,9 +140,14 @@ def _products(folder: Path, config: dict[str, Any], current_key: Callable[[str],
         raise ExportError(f"expected a whole safetensors file at {path}, got: {error}; fetch it again") from error
     found = {}
     for module, pair in parts.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ExportError(f"expected lora_A and lora_B of one rank for {module} in {path}, got {sorted(pair)}")
-        scale = _scale(config, module, pair["A"].shape[0])
+        shapes = {name: list(part.shape) for name, part in sorted(pair.items())}
+        matrices = set(pair) == {"A", "B"} and all(part.ndim == 2 and part.size for part in pair.values())
+        if not matrices or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ExportError(f"expected lora_A and lora_B of one rank for {module} in {path}, got {shapes}")
+        try:
+            scale = _scale(config, module, pair["A"].shape[0])
+        except (TypeError, ValueError, re.error) as error:
+            raise ExportError(f"expected numbers for alpha in {folder / CONFIG_FILE}, got: {error}") from error
         found[current_key(f"{module}.weight")] = _Product(pair["A"], pair["B"], scale)
     return found
 

@@ -23,6 +23,7 @@ from segzero_rt.manifest import POLICY_FAMILIES
 from .lazy_weight import Floats, Weight
 from .policy_adapter import PolicyAdapter
 from .policy_sizes import read_sizes
+from .tensor_files import refuse_quantized, tensor_shapes
 
 _OLD_PREFIXES = (
     ("visual.", "model.visual."),
@@ -78,12 +79,16 @@ class PolicyCheckpoint:
                 f"expected a checkpoint of family {', '.join(POLICY_FAMILIES)}, got {self.family!r} "
                 f"in {folder / 'config.json'}"
             )
+        refuse_quantized(folder, self.config)
         try:
             self.vision, self.text = read_sizes(self.family, self.config)
             self.image_token_id = int(self.config["image_token_id"])
-        except (KeyError, TypeError, ValueError) as error:
+        except ExportError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
             raise ExportError(
-                f"expected the settings of {self.family} in {folder / 'config.json'}, got none or a wrong one: {error}"
+                f"expected the settings of {self.family} in {folder / 'config.json'}, got none or a wrong one: "
+                f"{type(error).__name__} {error}"
             ) from error
         self._files = _weight_files(folder)
         self._asked_for: set[str] = set()
@@ -196,8 +201,6 @@ class _Found:
 
 def _weight_files(folder: Path) -> dict[str, _Found]:
     """Every weight in the files, by its transformers 5 key."""
-    from safetensors import SafetensorError, safe_open
-
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
@@ -208,13 +211,8 @@ def _weight_files(folder: Path) -> dict[str, _Found]:
         raise ExportError(f"expected model.safetensors or its index in {folder}, got neither")
     found: dict[str, _Found] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - no mapping
-                    shape = tuple(weights.get_slice(key).get_shape())
-                    found[_current_key(key)] = _Found(path=path, key=key, shape=shape)
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"expected a whole safetensors file at {path}, got: {error}; fetch it again") from error
+        for key, shape in tensor_shapes(path):
+            found[_current_key(key)] = _Found(path=path, key=key, shape=shape)
     return found
 
 

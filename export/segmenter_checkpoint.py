@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Sam2Model
@@ -17,7 +17,9 @@ from segzero_rt.graph_spec_segmenter import NUM_MASK_TOKENS
 
 from .edgetam import CONFIG_NAME as EDGETAM
 from .edgetam import edgetam_model
-from .segmenter_official import SUFFIXES, check_complete, put_in, read_official
+from .segmenter_official import check_complete, put_in, read_official
+from .sources import TORCH_SUFFIXES
+from .tensor_files import refuse_quantized, tensor_shapes
 
 SAM2_TYPES = ("sam2", "sam2_video")
 """`model_type` of folders that `Sam2Model` reads; published ones are of the video model, which has more weights."""
@@ -38,7 +40,7 @@ def load_checkpoint(path: Path, config: str | None = None) -> Sam2Model:
     Raises:
         ExportError: no such checkpoint, one of another architecture or size, or a weight is missing.
     """
-    if path.suffix in SUFFIXES and not path.is_dir():
+    if path.suffix in TORCH_SUFFIXES and not path.is_dir():
         model, _ = read_official(path, config)
     elif config is not None:
         raise ExportError(
@@ -54,21 +56,32 @@ def load_checkpoint(path: Path, config: str | None = None) -> Sam2Model:
 
 
 def _from_folder(folder: Path) -> Sam2Model:
-    model_type = _config(folder).get("model_type")
+    config = _config(folder)
+    model_type = config.get("model_type")
     if model_type in EDGETAM_TYPES:
         return _edgetam(folder)
     if model_type not in SAM2_TYPES:
         known = " or ".join((*SAM2_TYPES, *EDGETAM_TYPES))
         raise ExportError(f"{folder}/config.json: expected model_type {known}, got {model_type!r}")
+    refuse_quantized(folder, config)
+    _whole_files(folder)
     try:
         model, report = Sam2Model.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ExportError(
-            f"expected a SAM 2 checkpoint (config.json, model.safetensors) in {folder}: {reason}"
+            f"expected a SAM 2 checkpoint (config.json, model.safetensors) in {folder}, got: {reason}"
         ) from error
+    for key, came, expected in sorted(report["mismatched_keys"]):
+        raise ExportError(
+            f"{folder}: expected {key} of shape {list(expected)}, got {list(came)}; is it of another size?"
+        )
     _share_table(model, report["missing_keys"])
     # transformers fills what is missing with random numbers and says so in a log line alone
     if missing := sorted(set(report["missing_keys"]) - set(_TABLES)):
@@ -76,14 +89,20 @@ def _from_folder(folder: Path) -> Sam2Model:
     return model
 
 
+def _whole_files(folder: Path) -> list[Path]:
+    """The safetensors files, none of which is damaged or holds codes: transformers would read those as numbers."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        for _ in tensor_shapes(file):
+            pass
+    return files
+
+
 def _edgetam(folder: Path) -> Sam2Model:
     """EdgeTAM's folder, read without timm: its one published size alone."""
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{file}: expected safetensors: {error}; fetch it again") from error
+    for file in _whole_files(folder):
+        state |= load_file(file)
     with torch.device("meta"):
         model = edgetam_model()
     wanted = model.state_dict()

@@ -22,8 +22,6 @@ from .edgetam import CONFIG_NAME as EDGETAM
 from .edgetam import edgetam_model, is_edgetam
 from .segmenter_sizes import CONFIG_NAMES, HIERA_SIZES, size_of_config
 
-SUFFIXES = (".pt", ".pth")
-
 _RENAMED = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (

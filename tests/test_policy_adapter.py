@@ -43,6 +43,21 @@ def make_adapter(folder: Path, source: Path, **settings: Any) -> Path:
     return folder
 
 
+def test_an_adapter_that_changes_its_base_is_no_sum(policy_folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """PiSSA is taken out of the base when PEFT loads such an adapter: a sum alone would be wrong."""
+    source = policy_folders("grouped-heads")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    before = model.get_parameter(TEXT + "mlp.down_proj.weight").detach().clone()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights="pissa_niter_4")
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    after = adapted.get_parameter("base_model.model." + TEXT + "mlp.down_proj.base_layer.weight")
+    assert not torch.equal(before, after)
+    with pytest.raises(ExportError, match="merge it with PEFT"):
+        PolicyCheckpoint(source, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -113,7 +128,34 @@ def first(weights: dict[str, torch.Tensor], part: str) -> str:
         pytest.param(
             lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x08" * 50), "fetch it again", id="rubbish"
         ),
-        pytest.param(edit_config(use_dora=True), "use_dora False", id="dora"),
+        pytest.param(edit_config(use_dora=True), "use_dora unset", id="dora"),
+        pytest.param(
+            edit_config(init_lora_weights="pissa_niter_4"), "that leaves the base model", id="made-from-the-base"
+        ),
+        pytest.param(edit_config(init_lora_weights="loftq"), "init_lora_weights .* got loftq", id="of-a-rounded-base"),
+        pytest.param(
+            edit_config(alora_invocation_tokens=[5]), "alora_invocation_tokens unset", id="not-from-the-start"
+        ),
+        pytest.param(edit_config(layer_replication=[[0, 2]]), "layer_replication unset", id="layers-twice"),
+        pytest.param(edit_config(trainable_token_indices=[7]), "trainable_token_indices unset", id="tokens-anew"),
+        pytest.param(edit_config(lora_bias=True), "lora_bias unset", id="bias-of-its-own"),
+        pytest.param(edit_config(alpha_pattern=["x"]), "by module", id="patterns-that-are-none"),
+        pytest.param(edit_config(alpha_pattern={"(": 1}), "numbers for alpha", id="a-pattern-that-does-not-end"),
+        pytest.param(edit_config(lora_alpha="x"), "numbers for alpha", id="alpha-as-text"),
+        pytest.param(lambda f: (f / "adapter_config.json").write_text("[]"), "JSON object", id="a-list"),
+        pytest.param(
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "a pickle", id="pickled"
+        ),
+        pytest.param(
+            edit_weights(lambda w: w.update({first(w, "lora_A"): torch.zeros(4, 3, 2)})), "of one rank", id="no-matrix"
+        ),
+        pytest.param(
+            edit_weights(
+                lambda w: w.update({first(w, "lora_A"): torch.zeros(0, 64), first(w, "lora_B"): torch.zeros(64, 0)})
+            ),
+            "of one rank",
+            id="rank-0",
+        ),
         pytest.param(edit_config(bias="all"), "bias none", id="biases"),
         pytest.param(edit_config(modules_to_save=["lm_head"]), "modules_to_save", id="whole-modules"),
         pytest.param(edit_config(peft_type="LOHA"), "peft_type LORA", id="another-kind"),
