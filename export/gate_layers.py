@@ -6,6 +6,7 @@ layer that goes wrong is named: that of a fault, or of an activation that 16 bit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,10 +18,12 @@ from segzero_rt.answer_format import FORMATS
 from segzero_rt.chat import Chat
 from segzero_rt.errors import ExportError
 from segzero_rt.manifest import PolicyManifest
+from segzero_rt.operators.library import resolve_operators
 from segzero_rt.policy import Policy
 
 from .gate import QUESTIONS, GateLimits, compare_logits, plain_pictures, relative_error
 from .layerwise import LayerwiseGraph
+from .operators import uses_operators
 from .policy_checkpoint import PolicyCheckpoint
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ LOGIT_ROWS = 16
 QUESTION_TOKENS = 48
 """Of the question's prompt: more would only take longer."""
 LARGEST_FLOAT16 = 65504.0
+_PLAIN = " without compiled operators"
+"""Behind a layer's name where a processor that has them runs the tower as others do."""
 
 _PRODUCTS = {
     "q_proj": "qkv",
@@ -72,6 +77,7 @@ def gate_policy_layers(
     picture = plain_pictures(1)[0]
     tokens = [*policy.prefix_tokens, *policy.question_tokens(QUESTIONS[0])[:QUESTION_TOKENS]]
     features, logits = _ask(policy, picture, tokens)
+    plain = _without_operators(graphs, policy, picture)
     reference = LayeredReference(checkpoint)
     expected = reference.logits(torch_inputs(policy, picture, tokens), LOGIT_ROWS)
     if graphs.precision.computed == "float16":
@@ -88,10 +94,13 @@ def gate_policy_layers(
     }
     errors["vision/end"] = _error(features, reference.features)
     errors["decoder/end"] = _error(logits, expected)
+    num_layers = len(errors)
+    wanted = reference.hidden | {"end": reference.features}
+    errors |= {f"vision/{label}{_PLAIN}": _error(values, wanted[label]) for label, values in plain.items()}
     places = compare_logits(logits, expected)
     record = {
         "method": "layer by layer",
-        "layers": len(errors),
+        "layers": num_layers,
         "vision_error": _largest(errors, "vision/"),
         "decoder_error": _largest(errors, "decoder/"),
         "worst_layer": max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf)),
@@ -163,6 +172,23 @@ def few_windows(manifest: PolicyManifest) -> PolicyManifest:
     window = manifest.window_size
     small_hw = tuple(min(side, 2 * window + side % window) for side in manifest.input_size_hw)
     return replace(manifest, input_size_hw=cast("tuple[int, int]", small_hw), max_length=min(manifest.max_length, 1024))
+
+
+def _without_operators(
+    graphs: PolicyGraphWriter, policy: Policy, picture: NDArray[np.uint8]
+) -> dict[str, NDArray[np.float32]]:
+    """What enters and leaves the tower's layers on processors without compiled operators, where this one has some.
+
+    Either is to pass: where a bundle is made says nothing of where it will run.
+    """
+    path = graphs.folder / "vision.onnx"
+    if resolve_operators().path is None or not uses_operators(path):
+        return {}
+    tower = LayerwiseGraph(path, graphs.builders["vision"], operators=False)
+    twin = copy.copy(policy)
+    twin.vision = cast("Graph", tower)
+    end = twin.features(picture)
+    return tower.hidden | {"end": end}
 
 
 def _largest(errors: Mapping[str, float], prefix: str) -> float:

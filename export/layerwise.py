@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from segzero_rt.graph import Array, Backend, Stop, resolve_backend
 from segzero_rt.graph_spec import GraphSpec
+from segzero_rt.operators.library import resolve_operators
 
 from .graph_builder import GraphBuilder
 from .nvfp4 import decoded
@@ -40,14 +41,16 @@ class LayerwiseGraph:
     Args:
         path: the graph; its weights may lie beside it.
         builder: what wrote it: its spec, and the tensors at which it is cut.
+        operators: as for `Graph.load`.
     """
 
-    def __init__(self, path: Path, builder: GraphBuilder) -> None:
+    def __init__(self, path: Path, builder: GraphBuilder, *, operators: bool = True) -> None:
         self.spec: GraphSpec = builder.spec
         self.backend: Backend = resolve_backend("cpu")
         self.hidden: dict[str, NDArray[np.float32]] = {}
         """The residual that each layer took in at the latest run, by the layer's name."""
         self._path = path
+        self._library = resolve_operators().path if operators else None
         self._cuts = {tensor: label for label, tensor in builder.hidden.items()}
         self._model = onnx.load(str(path), load_external_data=False)
         self._weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
@@ -91,6 +94,8 @@ class LayerwiseGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # it would keep what a part has taken until the next has taken its own
+        if self._library is not None and functions:
+            options.register_custom_ops_library(str(self._library))
         if any(weight.data_type == TensorProto.FLOAT8E4M3FN for weight in graph.initializer):  # see `Graph.load`
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         if not part.nodes[-1].output[0].startswith(("layers.", "blocks.")):

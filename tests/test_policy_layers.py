@@ -23,13 +23,18 @@ from export.graph_builder import GraphBuilder
 from export.lazy_weight import Weight
 from export.policy import export_policy
 from export.policy_checkpoint import PolicyCheckpoint
+from export.policy_graphs import PolicyGraphWriter, Precision
 from export.weight_encoding import Int4Encoding
-from segzero_rt.errors import ExportError
+from segzero_rt.errors import BackendError, ExportError
 from segzero_rt.graph import Graph
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
+from segzero_rt.manifest import PolicyManifest
+from segzero_rt.operators.library import OPERATORS_VARIABLE, resolve_operators
 from segzero_rt.policy import Policy
 
 OPTIONS = {"input_size_hw": (280, 280), "max_length": 700, "max_new_tokens": 24, "gate_layers": True}
+ANY = replace(FOUR_BITS, max_vision_error=2.0, max_decoder_error=2.0, max_kl=99.0, max_kl_mean=99.0, min_top1=0.0)
+"""Limits that no graph of random weights is beyond."""
 
 
 @pytest.mark.parametrize(
@@ -282,3 +287,43 @@ def test_parts_of_a_graph_keep_its_own_operators(tmp_path: Path) -> None:
     exported = export_policy(tmp_path / "hf", tmp_path / "out", external=True, gate_limits=loose, **options)
     assert onnx.load(str(exported.files["policy/vision.onnx"]), load_external_data=False).functions
     assert exported.gate["method"] == "layer by layer"
+
+
+@pytest.fixture
+def eight_bits(tmp_path: Path) -> tuple[PolicyCheckpoint, PolicyManifest, PolicyGraphWriter]:
+    """A checkpoint whose tower attends by an operator of this package's, and its graphs in int8 with their manifest."""
+    write_checkpoint(tmp_path / "hf", vision_hidden=64, vision_heads=4)
+    options = {**OPTIONS, "input_size_hw": (84, 84)}
+    manifest = export_policy(tmp_path / "hf", tmp_path / "out", storage="int8", gate_limits=ANY, **options).manifest
+    precision = Precision(storage="int8")
+    checkpoint = PolicyCheckpoint(tmp_path / "hf")
+    graphs = PolicyGraphWriter(checkpoint, tmp_path / "out/policy", precision, flavour="ort", input_size_hw=(84, 84))
+    graphs.plan()
+    graphs.write()
+    return checkpoint, manifest, graphs
+
+
+@pytest.mark.parametrize("operators", ["compiled", "reference"])
+def test_both_builds_of_an_operator_are_held_to_the_limits(
+    operators: str,
+    eight_bits: tuple[PolicyCheckpoint, PolicyManifest, PolicyGraphWriter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a graph says of an operator is spoiled: kernels do not read that, and other processors would."""
+    monkeypatch.setenv(OPERATORS_VARIABLE, operators)
+    try:
+        resolve_operators()
+    except BackendError as error:
+        pytest.skip(f"needs the compiled operators: {error}")
+    checkpoint, manifest, graphs = eight_bits
+    limits = replace(ANY, max_vision_error=0.3)
+    sound = gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
+    assert 0 < sound["vision_error"] < 0.3 and sound["layers"] == 3 + 1 + 2 + 1 + 2, "however many builds there are"
+    path = graphs.folder / "vision.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (attention,) = [function for function in model.functions if function.name == "Attention"]
+    attention.node[0].input[2] = "key"  # in the values' place
+    onnx.save(model, path)
+    behind = " without compiled operators" if operators == "compiled" else ""
+    with pytest.raises(ExportError, match=rf"what enters vision/(blocks\.\d|merger|end){behind} by"):
+        gate_policy_layers(checkpoint, manifest, graphs, limits=limits)
