@@ -22,6 +22,7 @@ from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
 from segzero_rt.resampling import RESAMPLERS
 
+from .messages import quiet_libraries, say
 from .precisions import COMPUTED, ENCODER_COMPUTED, INT4_METHODS, NVFP4, POLICY_STORAGES
 from .sources import check_policy, check_segmenter
 from .workplace import workplace
@@ -238,12 +239,13 @@ def execute(arguments: argparse.Namespace) -> int:
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     calibration = _calibration(arguments.calibration, arguments.calibration_count) if arguments.calibration else []
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
-    if arguments.policy is not None:  # its headers alone: what cannot be exported is told before the work
-        _imported("policy_checkpoint").PolicyCheckpoint(arguments.policy, arguments.adapter)
-    with workplace(arguments.out, arguments.policy) as work:
+    options = _policy_options(arguments, preset)
+    if arguments.policy is not None:  # what cannot be exported is told before the work
+        _imported("policy").open_policy(arguments.policy, **options)
+    with quiet_libraries(), workplace(arguments.out, arguments.policy) as work:
         # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
         segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
-        policy = _export_policy(arguments, work, preset, pictures, calibration) if arguments.policy else None
+        policy = _export_policy(arguments, work, preset, options, pictures, calibration) if arguments.policy else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
         if arguments.format:
             manifest = replace(manifest, answer_format=arguments.format)
@@ -327,26 +329,39 @@ def _size_hw(text: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def _policy_options(arguments: argparse.Namespace, preset: Preset) -> dict[str, Any]:
+    """What decides whether a policy can be exported at all."""
+    return {
+        "adapter": arguments.adapter,
+        "input_size_hw": preset.input_size_hw,
+        "flavour": preset.flavour,
+        "storage": preset.storage,
+        "computed": preset.computed,
+        "float32_products": arguments.float32_product,
+        "int4_method": arguments.int4_method or INT4_METHODS[0],
+    }
+
+
 def _export_policy(
-    arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any], calibration: list[Any]
+    arguments: argparse.Namespace,
+    work: Path,
+    preset: Preset,
+    options: dict[str, Any],
+    pictures: list[Any],
+    calibration: list[Any],
 ) -> PolicyExport:
     export_policy = _imported("policy").export_policy
-    _say(f"policy: {arguments.policy}")
+    merged = f", with {arguments.adapter} merged into it" if arguments.adapter else ""
+    say(f"policy: {arguments.policy}{merged}")
     exported: PolicyExport = export_policy(
         arguments.policy,
         work,
-        adapter=arguments.adapter,
-        input_size_hw=preset.input_size_hw,
-        flavour=preset.flavour,
-        storage=preset.storage,
-        computed=preset.computed,
-        float32_products=arguments.float32_product,
+        **options,
         resampler=preset.resampler,
         max_length=preset.max_length,
         max_new_tokens=preset.max_new_tokens,
         answer_format=preset.answer_format,
         gate_pictures=pictures,
-        int4_method=arguments.int4_method or "rtn",
         calibration=calibration,
     )
     return exported
@@ -356,7 +371,7 @@ def _export_segmenter(
     arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any]
 ) -> SegmenterExport:
     export_segmenter = _imported("segmenter").export_segmenter
-    _say(f"segmenter: {arguments.segmenter}")
+    say(f"segmenter: {arguments.segmenter}")
     in_16_bits = arguments.segmenter_computed != "float32"
     exported: SegmenterExport = export_segmenter(
         arguments.segmenter,
@@ -406,7 +421,7 @@ def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, sampl
     quality = _imported("gate_quality")
     if not samples:
         return dict(quality.NOT_RUN)
-    _say(f"quality gate: {len(samples)} questions, against PyTorch")
+    say(f"quality gate: {len(samples)} questions, against PyTorch")
     record: dict[str, Any] = quality.gate_quality(
         trial,
         samples,
@@ -421,9 +436,9 @@ def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, sampl
 def _memory_bytes(bundle: Bundle, policy: PolicyExport | None) -> dict[str, int]:
     """What the runtime needs: measured, or nothing where this machine has not the room for a run of the bundle."""
     if policy is not None and policy.loaded_bytes > TRIAL_SHARE * _available_bytes():
-        _say(f"no trial: {policy.loaded_bytes / 1e9:.1f} GB of weights do not fit into this machine's free memory")
+        say(f"no trial: {policy.loaded_bytes / 1e9:.1f} GB of weights do not fit into this machine's free memory")
         return {}
-    _say("trying the bundle in a process of its own")
+    say("trying the bundle in a process of its own")
     return {"cpu_peak": _peak_memory_bytes(bundle)}
 
 
@@ -442,7 +457,3 @@ def _peak_memory_bytes(bundle: Bundle) -> int:
     if result.returncode != 0:
         raise ExportError(f"the bundle does not run: {' '.join(result.stderr.split())[-300:]}; nothing was written")
     return int(json.loads(result.stdout)["trial"]["peak_memory_bytes"])
-
-
-def _say(text: str) -> None:
-    print(f"export: {text}", file=sys.stderr, flush=True)

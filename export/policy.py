@@ -25,6 +25,7 @@ from .calibration import Calibration, Question, calibrate, questions_of
 from .gate import QUESTIONS, GateLimits, default_limits, gate_policy, plain_pictures
 from .gate_layers import check_float16_range, gate_policy_layers
 from .graph_builder import check_precision
+from .messages import say
 from .nvfp4 import EMULATED, decoded
 from .operators import uses_operators
 from .policy_checkpoint import PolicyCheckpoint
@@ -32,6 +33,7 @@ from .policy_decoder import cache_dtype
 from .policy_graphs import PolicyGraphWriter, Precision, float32_by_rule
 from .precisions import EXPLICIT_STORAGES, INT4_METHODS, NVFP4
 from .qdq import CODES, Reach, emulation
+from .sources import TOKENIZER_FILE, check_policy
 from .static_int8 import make_decoder_static
 
 LAYERS_FROM_PARAMETERS = 500_000_000
@@ -109,12 +111,17 @@ def export_policy(
         ExportError: the checkpoint is incomplete, has a part that the graphs cannot express, does not fit on the disk,
             or the gate failed.
     """
-    checkpoint = PolicyCheckpoint(hf_folder, adapter)
-    _check(checkpoint, input_size_hw, float32_products, computed)
-    precision = _precision(checkpoint, flavour, storage, computed, float32_products, int4_method)
-    tokenizer = hf_folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ExportError(f"expected tokenizer.json in {hf_folder}, got none; save the tokenizer in its fast format")
+    checkpoint, precision = open_policy(
+        hf_folder,
+        adapter=adapter,
+        input_size_hw=input_size_hw,
+        flavour=flavour,
+        storage=storage,
+        computed=computed,
+        float32_products=float32_products,
+        int4_method=int4_method,
+    )
+    tokenizer = hf_folder / TOKENIZER_FILE
     max_length = min(max_length, checkpoint.text.max_position_embeddings)
     export = _Export(
         checkpoint=checkpoint,
@@ -144,6 +151,28 @@ def export_policy(
         gate=export.gated(graphs, limits) | export.remarks(),
         loaded_bytes=graphs.loaded_bytes,
     )
+
+
+def open_policy(
+    hf_folder: Path,
+    *,
+    adapter: Path | None,
+    input_size_hw: tuple[int, int],
+    flavour: str,
+    storage: str,
+    computed: str,
+    float32_products: Sequence[str],
+    int4_method: str,
+) -> tuple[PolicyCheckpoint, Precision]:
+    """What `export_policy` begins with, within seconds: the checkpoint, of which headers alone are read.
+
+    Raises:
+        ExportError: it is incomplete, or no graph of it can be what is asked for.
+    """
+    check_policy(hf_folder)
+    checkpoint = PolicyCheckpoint(hf_folder, adapter)
+    _check(checkpoint, input_size_hw, float32_products, computed)
+    return checkpoint, _precision(checkpoint, flavour, storage, computed, float32_products, int4_method)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +222,7 @@ class _Export:
 
     def gated(self, graphs: PolicyGraphWriter, limits: GateLimits) -> dict[str, Any]:
         """Compares the written graphs with PyTorch."""
+        say(f"policy: comparing with PyTorch{', layer by layer' if self.layered else ''}")
         if self.layered:
             return gate_policy_layers(self.checkpoint, self.manifest, graphs, limits=limits)
         if self.storage == "int8" and not self.precision.codes:
@@ -241,6 +271,7 @@ class _Export:
         )
 
     def _calibrated(self, *, keep_rows: bool) -> Calibration:
+        say("policy: measuring activations in PyTorch")
         return calibrate(
             self.checkpoint,
             self.manifest,

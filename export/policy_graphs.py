@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from segzero_rt.errors import ExportError
 
 from .disk import DiskFullError
 from .graph_builder import FLOAT4_OPSET, OPSET, GraphBuilder
+from .messages import WrittenBytes
 from .nvfp4 import Float4Store, dequantize_file
 from .policy_checkpoint import PolicyCheckpoint
 from .policy_decoder import build_decoder
@@ -100,6 +101,7 @@ class PolicyGraphWriter:
         self._max_length = max_length
         self._reach = dict(reach or {})
         self._external = False
+        self._planned_bytes = 0
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ class PolicyGraphWriter:
         self._checkpoint.check_nothing_is_left()
         self.loaded_bytes = sum(store.loaded_bytes for store in stores)
         needed = sum(store.num_bytes for store in stores)
+        self._planned_bytes = needed
         self._external = needed > EXTERNAL_FROM_BYTES if external is None else external
         missing = needed - sum(path.stat().st_size for path in self.folder.iterdir())
         free = shutil.disk_usage(self.folder).free
@@ -139,16 +142,22 @@ class PolicyGraphWriter:
         Raises:
             ExportError: a weight is not finite or does not fit its precision, or the disk is full.
         """
-        table = self._write_table(self._file_store(TABLE_FILE, whole_file=True))
-        self.lossless = table.lossless
+        with WrittenBytes(self._planned_bytes, "weights") as progress:
+            self._write(progress.add)
+
+    def _write(self, on_added: Callable[[int], None]) -> None:
+        store: WeightStore = self._file_store(TABLE_FILE, whole_file=True)
+        store.on_added = on_added
+        self.lossless = self._write_table(store).lossless
         self.builders["embedding"] = build_embedding(self._checkpoint, storage=self.precision.storage)
         self.builders["embedding"].save(self.folder / "embedding.onnx")
         for name in ("vision", "decoder"):
             if self._external:
-                store: WeightStore = self._file_store(f"{name}.data")
+                store = self._file_store(f"{name}.data")
             else:
                 (self.folder / f"{name}.data").unlink(missing_ok=True)  # of a killed export with other options
                 store = InlineStore()
+            store.on_added = on_added
             builder = self._build(name, store)
             builder.save(self.folder / f"{name}.onnx")
             if self._reach:

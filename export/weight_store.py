@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -35,6 +35,8 @@ class WeightStore(ABC):
         """Of all that was added."""
         self.loaded_bytes = 0
         """Memory that it takes on a CPU, once loaded."""
+        self.on_added: Callable[[int], None] = lambda num_bytes: None
+        """Told the bytes of each weight that is stored."""
 
     def add(self, encoding: Encoding) -> list[TensorProto]:
         """Stores a weight; returns its tensors, with their numbers or with the place where those lie.
@@ -42,9 +44,12 @@ class WeightStore(ABC):
         Raises:
             ExportError: a number cannot be stored, or the disk is full.
         """
-        self.num_bytes += sum(tensor.num_bytes for tensor in encoding.tensors)
+        num_bytes = sum(tensor.num_bytes for tensor in encoding.tensors)
+        self.num_bytes += num_bytes
         self.loaded_bytes += encoding.loaded_bytes
-        return self._add(encoding)
+        protos = self._add(encoding)
+        self.on_added(num_bytes)
+        return protos
 
     @abstractmethod
     def _add(self, encoding: Encoding) -> list[TensorProto]: ...

@@ -26,7 +26,9 @@ def export(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
         parsed = make_parser(command).parse_args([*map(str, arguments), "--json"])  # type: ignore[arg-type]
         capsys.readouterr()
         assert command.execute(parsed) == 0
-        document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        said = capsys.readouterr()
+        assert [line for line in said.err.splitlines() if not line.startswith("export: ")] == []
+        document: dict[str, Any] = json.loads(said.out.splitlines()[-1])
         return document
 
     return call
@@ -120,6 +122,30 @@ def test_what_cannot_be_exported_writes_nothing(
     with pytest.raises(SegZeroError, match=expected):
         command.execute(parsed)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "expected"),
+    [
+        ("qwen3-vl", (), "multiples of 28 pixels for qwen2_5_vl.*the preset of that family"),
+        ("tabletop", ("--storage", "bfloat16", "--int4-method", "awq"), "storage int4 for 4 bits by awq"),
+        ("tabletop", ("--adapter", "gone"), "adapter_config.json in gone"),
+    ],
+    ids=["another family's preset", "a method without its bits", "gone adapter"],
+)
+def test_what_no_policy_can_be_is_told_before_the_segmenter_is_exported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoints: tuple[Path, Path],
+    preset: str,
+    options: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(command, "_export_segmenter", lambda *_: pytest.fail("began to export"))
+    policy, segmenter = map(str, tiny_checkpoints)
+    arguments = [preset, "--policy", policy, "--segmenter", segmenter, *options, "--out", str(tmp_path / "out")]
+    with pytest.raises(ExportError, match=expected):
+        command.execute(make_parser(command).parse_args(arguments))  # type: ignore[arg-type]
 
 
 def test_a_failed_gate_writes_nothing(

@@ -24,9 +24,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def step(self, note: str = "") -> None:
-        """One more is done; `note` follows the count."""
-        self._done += 1
+    def step(self, note: str = "", *, count: int = 1) -> None:
+        """One more is done, or `count`; `note` follows the count."""
+        self._done += count
         now_s = time.monotonic()
         if now_s - self._shown_s >= self._interval_s:
             self._shown_s = now_s
