@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segzero_rt import cli
+from segzero_rt import __version__, cli
 from segzero_rt.answer import Answer, AnswerStatus, Prompt
 from segzero_rt.cli import main
 from segzero_rt.commands import doctor
@@ -68,6 +68,22 @@ def refused(output: Output, expected: str = "") -> None:
     assert output.err.startswith("segzero: ") and output.err.count("\n") == 1 and output.err.endswith("\n")
     assert "Traceback" not in output.err
     assert expected in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        pytest.param(["--version"], 0, f"segzero {__version__}\n", "", id="version"),
+        pytest.param(["dance"], 2, "", "segzero: expected a command, one of run, segment, ", id="unknown command"),
+        pytest.param([], 2, "usage: segzero COMMAND", "", id="no command"),
+    ],
+)
+def test_the_package_is_run_as_the_command_is(arguments: list[str], status: int, out: str, err: str) -> None:
+    command = [sys.executable, "-m", "segzero_rt", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert run.returncode == status
+    assert run.stdout.startswith(out) and bool(run.stdout) == bool(out)
+    assert run.stderr.startswith(err) and run.stderr.count("\n") == (1 if err else 0)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
