@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from segzero_rt.errors import ExportError
+from segzero_rt.chat import Chat
+from segzero_rt.errors import BundleError, ExportError
 from segzero_rt.graph import Graph
 from segzero_rt.manifest import PolicyGraphs, PolicyManifest
 from segzero_rt.operators.library import resolve_operators
@@ -172,6 +173,7 @@ def open_policy(
     check_policy(hf_folder)
     checkpoint = PolicyCheckpoint(hf_folder, adapter)
     _check(checkpoint, input_size_hw, float32_products, computed)
+    _check_tokenizer(checkpoint)
     return checkpoint, _precision(checkpoint, flavour, storage, computed, float32_products, int4_method)
 
 
@@ -325,6 +327,27 @@ def _check(
         raise ExportError(f"expected a product as vision/blocks.31/down, got {strangers[0]!r}")
     if float32_products and computed == "float32":
         raise ExportError("expected a graph computed in float16 to keep products of it in float32, got float32")
+
+
+def _check_tokenizer(checkpoint: PolicyCheckpoint) -> None:
+    """Refuses a tokenizer of another model: its numbers would be other words'."""
+    path = checkpoint.folder / TOKENIZER_FILE
+    try:
+        chat = Chat(path)
+    except BundleError as error:
+        raise ExportError(f"{error}; copy {TOKENIZER_FILE} from the base model") from error
+    expected = checkpoint.image_token_id, checkpoint.text.vocab_size
+    if chat.image_token_id != expected[0] or chat.vocab_size > expected[1]:
+        raise ExportError(
+            f"expected a tokenizer with <|image_pad|> as token {expected[0]} and at most {expected[1]} tokens, got "
+            f"{chat.image_token_id} and {chat.vocab_size} in {path}; copy {TOKENIZER_FILE} from the base model"
+        )
+    strange = [token for token in checkpoint.eos_token_ids if not 0 <= token < expected[1]]
+    if strange or not checkpoint.eos_token_ids:
+        raise ExportError(
+            f"expected eos_token_id below {expected[1]} in {checkpoint.folder}, got {strange or 'none'}; copy "
+            "generation_config.json from the base model"
+        )
 
 
 def _precision(

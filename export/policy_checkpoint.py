@@ -103,7 +103,10 @@ class PolicyCheckpoint:
         text = self.config.get("text_config") or {}
         for found in (settings.get("eos_token_id"), text.get("eos_token_id"), self.config.get("eos_token_id")):
             if found is not None:
-                return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+                tokens = found if isinstance(found, list) else [found]
+                if not all(isinstance(token, int) for token in tokens):
+                    raise ExportError(f"expected numbers of tokens as eos_token_id in {self.folder}, got {tokens}")
+                return tuple(tokens)
         raise ExportError(f"expected eos_token_id in {self.folder}, got none")
 
     def weight(self, key: str, shape: tuple[int, ...] | None = None) -> Weight:

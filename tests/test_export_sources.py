@@ -70,6 +70,20 @@ def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
+def written(name: str, document: object) -> Change:
+    return lambda folder: (folder / name).write_text(json.dumps(document))
+
+
+def without_token(token: str) -> Change:
+    def change(folder: Path) -> None:
+        document = json.loads((folder / "tokenizer.json").read_text())
+        document["added_tokens"] = [one for one in document["added_tokens"] if one["content"] != token]
+        document["model"]["vocab"].pop(token, None)
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+
+    return change
+
+
 def without(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
@@ -94,6 +108,18 @@ POLICIES: list[tuple[str, Change, str]] = [
         weights(lambda w: w.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})),
         "norm.weight as I8",
     ),
+    ("half a file", lambda f: os.truncate(f / "model.safetensors", 9_000), "whole safetensors file .* fetch it again"),
+    (
+        "a shard that was not fetched",
+        written("model.safetensors.index.json", {"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
+        "the file model-00002-of-00002.safetensors that .* names, got none; fetch the rest",
+    ),
+    ("a tokenizer of another kind", written("tokenizer.json", {"model": {"type": "Unigram"}}), "from the base model"),
+    ("a tokenizer without pictures", without_token("<|image_pad|>"), r"<\|image_pad\|>.*copy tokenizer\.json"),
+    ("another number for pictures", settings(image_token_id=7), r"<\|image_pad\|> as token 7 .*got 5 and"),
+    ("ends as text", written("generation_config.json", {"eos_token_id": "<|im_end|>"}), "numbers of tokens as eos"),
+    ("an end out of reach", written("generation_config.json", {"eos_token_id": [2, 999]}), r"below 400.*got \[999\]"),
+    ("no end", written("generation_config.json", {"eos_token_id": []}), "got none; copy generation_config"),
     ("no heads", settings(text_config={"num_attention_heads": 0}), "settings of qwen2_5_vl.*ZeroDivision"),
     ("a short section", settings(text_config={"rope_parameters": {"mrope_section": [8]}}), "IndexError"),
     ("a tower that is a list", settings(vision_config=[]), "settings of qwen2_5_vl"),
