@@ -79,8 +79,8 @@ def open_set(source: Path, options: SetOptions, *, limit: int | None = None) -> 
     layout = layout_of(source)
     coco = options.coco
     if layout is not Layout.COCO:
-        given = {"images": coco.images, "refs": coco.refs, "split": coco.split, "absent": coco.absent}
-        refuse_options(source, "a COCO-style FILE.json", given)
+        given = {"images": coco.images, "refs": coco.refs, "split": coco.split}
+        refuse_options(source, "a COCO-style FILE.json", {**given, **coco.of_categories()})
     if layout is not Layout.REASONSEG:
         refuse_options(source, "a folder of ReasonSeg's JSON files", {"ignored-pixels": options.ignored})
     if layout in (Layout.FOLDER, Layout.PARQUET):
@@ -101,8 +101,9 @@ def open_set(source: Path, options: SetOptions, *, limit: int | None = None) -> 
 
 def _coco_facts(coco: CocoOptions) -> tuple[dict[str, Any], str]:
     if coco.refs is None:
-        questions = f"every category of a picture without a crowd and with at most {coco.max_objects} instances"
-        return {"questions": questions, "absent": coco.absent, "seed": coco.seed}, _NONE_IGNORED
+        questions = f"every category of a picture without a crowd and with at most {coco.most_objects} instances"
+        drawn = {"seed": coco.seed or 0} if coco.absent else {}
+        return {"questions": questions, "absent": coco.absent, **drawn}, _NONE_IGNORED
     level = "every expression" if coco.all_sentences else "first expression of each instance"
     return {"questions": level, "split": coco.split}, _NONE_IGNORED
 

@@ -226,6 +226,7 @@ def test_categories_and_what_is_not_there(tmp_path: Path, evaluated: Evaluate) -
     assert len(absent) == 1 + 3, "one category is not on the first picture and not in a crowd"
     assert all(iou == (text not in answers) for (_, text), iou in absent.items())
     assert document["none_accuracy"] == sum(absent.values()) / 4
+    assert document["scoring"]["absent"] == 3 and document["scoring"]["seed"] == 1
 
 
 def test_rows_on_one_picture_are_one_picture(tmp_path: Path, evaluated: Evaluate) -> None:
@@ -318,11 +319,16 @@ def test_sets_that_cannot_be_scored(tmp_path: Path, evaluated: Evaluate, capsys:
     assert "cannot be opened" in capsys.readouterr().err
 
 
+REFERRED = ("--images", "IMAGES", "--refs", "REFS", "--split", "testA")
+
+
 @pytest.mark.parametrize(
     ("layout", "options", "message"),
     [
         ("reasonseg", ["--split", "val"], "--split belongs to a COCO-style"),
         ("reasonseg", ["--absent", 1], "--absent belongs to"),
+        ("reasonseg", ["--seed", 1], "--seed belongs to a COCO-style"),
+        ("parquet", ["--max-objects", 10], "--max-objects belongs to a COCO-style"),
         ("parquet", ["--ignored-pixels", "left-out"], "--ignored-pixels belongs to"),
         ("parquet", ["--all-sentences"], "--all-sentences belongs to"),
         ("coco", [], "expected --images"),
@@ -330,6 +336,11 @@ def test_sets_that_cannot_be_scored(tmp_path: Path, evaluated: Evaluate, capsys:
         ("coco", ["--images", "IMAGES", "--refs", "REFS"], "expected --split"),
         ("coco", ["--images", "IMAGES", "--refs", "REFS", "--split", "val"], "expected refs of split 'val', it has"),
         ("coco", ["--images", "IMAGES", "--refs", "REFS", "--split", "testA", "--absent", 2], "--absent belongs to"),
+        ("coco", ["--images", "IMAGES", "--seed", 1], "--seed belongs to --absent"),
+        ("coco", [*REFERRED, "--seed", 7], "--seed belongs to instances without --refs"),
+        ("coco", [*REFERRED, "--max-objects", 3], "--max-objects belongs to instances without --refs"),
+        ("folder", ["--seed", 1], "--seed belongs to a COCO-style"),
+        ("folder", ["--max-objects", 3], "--max-objects belongs to a COCO-style"),
         ("nothing", [], "found nothing there"),
         ("empty folder", [], "expected a folder with annotations.jsonl"),
         ("text file", [], "expected a folder with annotations.jsonl"),
@@ -347,8 +358,10 @@ def test_options_that_do_not_fit_are_refused(
         path, *given = referring(source)
         known = {"IMAGES": given[1], "REFS": given[3]}
         source, options = Path(str(path)), [known.get(str(option), option) for option in options]
-    elif layout == "empty folder":
+    elif layout in ("empty folder", "folder"):
         source.mkdir()
+        if layout == "folder":
+            (source / "annotations.jsonl").write_text("")
     elif layout == "text file":
         source.write_text("x")
     with pytest.raises(DatasetError, match=message):

@@ -54,10 +54,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="questions per picture for a category that is not on it (COCO-style instances; default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-objects", type=positive_integer, default=10, metavar="N",
-        help="leave out categories with more instances on a picture (default: 10)",
+        "--max-objects", type=positive_integer, metavar="N",
+        help="leave out categories with more instances on a picture (instances without --refs; default: 10)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=_whole, default=0, metavar="K", help="of the absent categories (default: 0)")
+    parser.add_argument("--seed", type=_whole, metavar="K", help="of the categories of --absent (default: 0)")
     parser.add_argument(
         "--input-side", type=positive_integer, default=840, metavar="PX",
         help="side of the square picture that the policy will see (default: 840; the tabletop policy: 280)",
@@ -122,23 +122,28 @@ def open_reader(arguments: argparse.Namespace) -> Reader:
 
     source: Path = arguments.source
     layout = layout_of(source)
+    names = ("images", "refs", "all_sentences", "join_refs", "absent", "max_objects", "seed")
+    coco = CocoOptions(
+        split=arguments.split or ("train" if arguments.refs else None),
+        **{name: getattr(arguments, name) for name in names},
+    )
     if layout is Layout.COCO:
-        names = ("images", "refs", "all_sentences", "join_refs", "absent", "max_objects", "seed")
-        given = {name: getattr(arguments, name) for name in names}
-        return CocoOptions(split=arguments.split or ("train" if arguments.refs else None), **given).open(source)
-    names = ("images", "refs", "split", "all_sentences", "join_refs", "absent")
-    given = {name.replace("_", "-"): getattr(arguments, name) for name in names}
-    refuse_options(source, "a COCO-style FILE.json", given)
+        return coco.open(source)
+    given = {name.replace("_", "-"): getattr(arguments, name) for name in ("split", *names[:4])}
+    refuse_options(source, "a COCO-style FILE.json", {**given, **coco.of_categories()})
     if layout is Layout.FOLDER:
         raise DatasetError(f"{source}: expected a published data set, got a dataset folder of `segzero scenes`")
     return ParquetReader(source) if layout is Layout.PARQUET else ReasonSegReader(source)
 
 
 def _source_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    from segzero_rt.readers.layouts import MAX_OBJECTS
+
     names = ("images", "refs", "split", "all_sentences", "join_refs", "absent", "max_objects", "seed", "bundle")
     settings = {name: getattr(arguments, name) for name in names}
     paths = {name: str(value.resolve()) for name, value in settings.items() if isinstance(value, Path)}
-    return {"source": str(arguments.source.resolve()), **settings, **paths}
+    used = {"max_objects": arguments.max_objects or MAX_OBJECTS, "seed": arguments.seed or 0}
+    return {"source": str(arguments.source.resolve()), **settings, **used, **paths}
 
 
 def _whole(text: str) -> int:

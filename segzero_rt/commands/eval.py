@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # `--help` must not import numpy
     from segzero_rt.segmentation import Segmentation
 
 _MAX_SHOWN_FAILURES = 20
+_SEED = 1
 
 NAME = "eval"
 HELP = "score a bundle on a data set: gIoU, cIoU, boxes, points, format validity, tokens, latency"
@@ -93,11 +94,11 @@ def _add_set_options(parser: argparse.ArgumentParser) -> None:
         "--absent", type=positive_integer, metavar="N", help="questions per picture for a category that is not on it"
     )
     group.add_argument(
-        "--max-objects", type=positive_integer, default=10, metavar="N",
-        help="leave out categories with more instances on a picture (default: 10)",
+        "--max-objects", type=positive_integer, metavar="N",
+        help="leave out categories with more instances on a picture (instances without --refs; default: 10)",
     )  # fmt: skip
     group.add_argument(
-        "--seed", type=positive_integer, default=1, metavar="K", help="of the absent categories (default: 1)"
+        "--seed", type=positive_integer, metavar="K", help=f"of the categories of --absent (default: {_SEED})"
     )
 
 
@@ -166,7 +167,7 @@ def _open_set(arguments: argparse.Namespace) -> EvaluationSet:
         all_sentences=arguments.all_sentences,
         absent=arguments.absent or 0,
         max_objects=arguments.max_objects,
-        seed=arguments.seed,
+        seed=_SEED if arguments.absent and arguments.seed is None else arguments.seed,
     )
     ignored = IgnoredPixels(arguments.ignored_pixels) if arguments.ignored_pixels else None
     return open_set(Path(arguments.dataset), SetOptions(coco=coco, ignored=ignored), limit=arguments.limit)

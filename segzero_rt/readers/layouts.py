@@ -11,6 +11,9 @@ from segzero_rt.dataset import ANNOTATIONS_NAME
 from segzero_rt.errors import DatasetError
 from segzero_rt.readers.source import Reader
 
+MAX_OBJECTS = 10
+"""Of a category on one picture, where nothing else is asked for."""
+
 
 class Layout(str, Enum):
     """The layouts that data sets come in."""
@@ -62,8 +65,19 @@ class CocoOptions:
     all_sentences: bool = False
     join_refs: bool = False
     absent: int = 0
-    max_objects: int = 10
-    seed: int = 0
+    max_objects: int | None = None
+    """None: `MAX_OBJECTS`."""
+    seed: int | None = None
+    """None: 0."""
+
+    @property
+    def most_objects(self) -> int:
+        """Categories with more instances on a picture are left out."""
+        return MAX_OBJECTS if self.max_objects is None else self.max_objects
+
+    def of_categories(self) -> dict[str, object]:
+        """Options of questions that ask for a category, by their names; false or none where they were not given."""
+        return {"absent": self.absent, "max-objects": self.max_objects, "seed": self.seed is not None}
 
     def open(self, source: Path) -> Reader:
         """The reader of the instances, or of the expressions about them.
@@ -79,13 +93,15 @@ class CocoOptions:
         if self.refs is None:
             ours = {"split": self.split, "all-sentences": self.all_sentences, "join-refs": self.join_refs}
             refuse_options(source, "--refs", ours)
+            if not self.absent:
+                refuse_options(source, "--absent", {"seed": self.seed is not None})
             return CocoReader(
                 CocoInstances(source, self.images),
-                max_objects=self.max_objects,
+                max_objects=self.most_objects,
                 num_absent=self.absent,
-                seed=self.seed,
+                seed=self.seed or 0,
             )
-        refuse_options(source, "instances without --refs", {"absent": self.absent})
+        refuse_options(source, "instances without --refs", self.of_categories())
         if self.split is None:
             raise DatasetError(f"expected --split for {self.refs}, such as val or testA")
         return RefCocoReader(
