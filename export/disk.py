@@ -24,3 +24,8 @@ def disk_error(error: OSError, path: Path) -> ExportError:
             "again, it goes on from there"
         )
     return ExportError(f"expected to write {path}, got: {error.strerror or error}")
+
+
+def readable(num_bytes: float) -> str:
+    """A size for people: megabytes, and gigabytes from the first one on."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -15,9 +15,9 @@ import numpy as np
 from segzero_rt.errors import ExportError
 
 from .lazy_weight import Floats, Weight
+from .sources import ADAPTER_CONFIG
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
+WEIGHTS_FILE, PICKLED_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 _EXPECTED = {"peft_type": "LORA", "bias": "none"}
@@ -59,9 +59,9 @@ class PolicyAdapter:
     def __init__(self, folder: Path, current_key: Callable[[str], str]) -> None:
         self.folder = folder
         try:
-            config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ExportError(f"expected an adapter with {CONFIG_FILE} in {folder}, got: {error}") from error
+            raise ExportError(f"expected an adapter with {ADAPTER_CONFIG} in {folder}, got: {error}") from error
         _check(config, folder)
         self._products = _products(folder, config, current_key)
         self._used: set[str] = set()
@@ -95,7 +95,7 @@ class PolicyAdapter:
 
     def fingerprint(self) -> str:
         """Changes when the adapter does."""
-        digest = hashlib.sha256((self.folder / CONFIG_FILE).read_bytes())
+        digest = hashlib.sha256((self.folder / ADAPTER_CONFIG).read_bytes())
         digest.update((self.folder / WEIGHTS_FILE).read_bytes())
         return digest.hexdigest()
 
@@ -103,7 +103,7 @@ class PolicyAdapter:
 def _check(config: Any, folder: Path) -> None:
     """Refuses settings whose adapters are more than a sum of products."""
     if not isinstance(config, dict):
-        raise ExportError(f"expected a JSON object in {folder / CONFIG_FILE}, got {type(config).__name__}")
+        raise ExportError(f"expected a JSON object in {folder / ADAPTER_CONFIG}, got {type(config).__name__}")
     strange = [(name, value, config[name]) for name, value in _EXPECTED.items() if config.get(name, value) != value]
     strange += [(name, "unset", config[name]) for name in _UNSET if config.get(name)]
     started = config.get("init_lora_weights", True)
@@ -117,7 +117,9 @@ def _check(config: Any, folder: Path) -> None:
         )
     patterns = (config.get("alpha_pattern") or {}, config.get("rank_pattern") or {})
     if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise ExportError(f"expected alpha_pattern and rank_pattern by module in {folder / CONFIG_FILE}, got another")
+        raise ExportError(
+            f"expected alpha_pattern and rank_pattern by module in {folder / ADAPTER_CONFIG}, got another"
+        )
 
 
 def _products(folder: Path, config: dict[str, Any], current_key: Callable[[str], str]) -> dict[str, _Product]:
@@ -147,7 +149,7 @@ def _products(folder: Path, config: dict[str, Any], current_key: Callable[[str],
         try:
             scale = _scale(config, module, pair["A"].shape[0])
         except (TypeError, ValueError, re.error) as error:
-            raise ExportError(f"expected numbers for alpha in {folder / CONFIG_FILE}, got: {error}") from error
+            raise ExportError(f"expected numbers for alpha in {folder / ADAPTER_CONFIG}, got: {error}") from error
         found[current_key(f"{module}.weight")] = _Product(pair["A"], pair["B"], scale)
     return found
 

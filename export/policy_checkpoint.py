@@ -208,14 +208,27 @@ def _weight_files(folder: Path) -> dict[str, _Found]:
     single = folder / "model.safetensors"
     if index.is_file():
         paths = _shards(index)
+        if single.is_file() and single not in paths:  # transformers would read the one, an index names the others
+            raise ExportError(
+                f"expected the weights of {folder} once, got {single.name} and an index of other files; remove those "
+                "that are of an earlier save"
+            )
     elif single.is_file():
         paths = [single]
     else:
-        raise ExportError(f"expected model.safetensors or its index in {folder}, got neither")
+        beside = min((path.name for path in folder.glob("*.safetensors")), default="no safetensors")
+        raise ExportError(
+            f"expected {single.name} or {index.name} in {folder}, got neither beside {beside}; fetch the rest"
+        )
     found: dict[str, _Found] = {}
     for path in paths:
         for key, shape in tensor_shapes(path):
-            found[_current_key(key)] = _Found(path=path, key=key, shape=shape)
+            name = _current_key(key)
+            if name in found:
+                raise ExportError(
+                    f"expected each weight once, got {found[name].key} in {found[name].path} and {key} in {path}"
+                )
+            found[name] = _Found(path=path, key=key, shape=shape)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from segzero_rt.errors import ExportError
 
-from .disk import DiskFullError
+from .disk import DiskFullError, readable
 from .graph_builder import FLOAT4_OPSET, OPSET, GraphBuilder
 from .messages import WrittenBytes
 from .nvfp4 import Float4Store, dequantize_file
@@ -132,8 +132,8 @@ class PolicyGraphWriter:
         free = shutil.disk_usage(self.folder).free
         if missing > free:
             raise DiskFullError(
-                f"expected {missing / 1e9:.1f} GB of room in {self.folder.parent.parent} for the policy's graphs, got "
-                f"{free / 1e9:.1f} GB; free some, or store fewer bits"
+                f"expected {readable(missing)} of room in {self.folder.parent.parent} for the policy's graphs, got "
+                f"{readable(free)}; free some, or store fewer bits"
             )
 
     def write(self) -> None:

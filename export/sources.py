@@ -8,6 +8,7 @@ from pathlib import Path
 from segzero_rt.errors import ExportError
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS = "config.json", "tokenizer.json", "*.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 TORCH_SUFFIXES = (".pt", ".pth")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,6 +59,8 @@ def _instead(path: Path) -> str:
         return "got nothing there" + (fetch if is_name else "")
     if path.is_file():
         return f"got a file; give its folder, {path.parent}, if the rest of the checkpoint is there"
+    if (path / ADAPTER_CONFIG).is_file():
+        return "got a LoRA adapter; give it as --adapter, and the model that it was trained on as --policy"
     if snapshots := sorted(one for one in path.glob("snapshots/*") if _is_transformers_folder(one)):
         return f"got the hub's cache of one; give {snapshots[-1]}"
     if any(path.glob("model_world_size_*_rank_*.pt")) or any(path.glob("actor/model_world_size_*_rank_*.pt")):

@@ -84,6 +84,20 @@ def without_token(token: str) -> Change:
     return change
 
 
+def renamed(name: str, other: str) -> Change:
+    return lambda folder: (folder / name).rename(folder / other)
+
+
+def twice(name: str) -> Change:
+    """The same weights in another file, and an index that names that one alone."""
+
+    def change(folder: Path) -> None:
+        shutil.copyfile(folder / "model.safetensors", folder / name)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+
+    return change
+
+
 def without(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
@@ -113,6 +127,18 @@ POLICIES: list[tuple[str, Change, str]] = [
         "a shard that was not fetched",
         written("model.safetensors.index.json", {"weight_map": {"a": "model-00002-of-00002.safetensors"}}),
         "the file model-00002-of-00002.safetensors that .* names, got none; fetch the rest",
+    ),
+    ("an index without its files", renamed("model.safetensors", "model-00001-of-00002.safetensors"), "neither beside"),
+    (
+        "weights of two saves",
+        twice("model-00001-of-00001.safetensors"),
+        "weights of .* once, got model.safetensors and",
+    ),
+    ("an adapter", renamed("config.json", "adapter_config.json"), "got a LoRA adapter; give it as --adapter"),
+    (
+        "a weight under an old and a new name",
+        weights(lambda w: w.update({"model.language_model.norm.weight": torch.ones(64)})),
+        r"each weight once, got model\.(language_model\.)?norm",
     ),
     ("a tokenizer of another kind", written("tokenizer.json", {"model": {"type": "Unigram"}}), "from the base model"),
     ("a tokenizer without pictures", without_token("<|image_pad|>"), r"<\|image_pad\|>.*copy tokenizer\.json"),
