@@ -17,11 +17,13 @@ from segzero_rt.bench.onnx_session import open_session
 from segzero_rt.bench.peaks import Peaks, measure_peaks, product_model
 from segzero_rt.bench.plots import DISTRIBUTION, ROOFLINE, WATERFALL, write_plots
 from segzero_rt.bench.tasks import make_tasks
-from segzero_rt.bench.work import ProfiledNode, StageWork, count_flops, count_work
-from segzero_rt.bundle import Bundle
+from segzero_rt.bench.work import ProfiledNode, StageWork, count_flops, count_work, read_profile
+from segzero_rt.bundle import EMBEDDED, Bundle
 from segzero_rt.cli import main
-from segzero_rt.errors import OutputError
+from segzero_rt.errors import BackendError, OutputError
 from segzero_rt.graph import resolve_backend
+from segzero_rt.onnx_summary import computed_types
+from segzero_rt.operators.library import resolve_operators
 
 PEAKS = Peaks(flops={"float32": 1e11, "int8": 1e12}, read_rates={1 << 20: 40e9, 1 << 27: 10e9})
 
@@ -63,6 +65,27 @@ def node(operator: str, *inputs: tuple[int, ...], output: tuple[int, ...], dtype
             id="cached attention",
         ),
         pytest.param(node("Softmax", (7, 5), output=(7, 5)), 0, {}, id="no product"),
+        pytest.param(
+            node("MultiHeadAttention", (1, 10, 16), (1, 20, 16), (1, 20, 16), output=(1, 10, 16), dtype="bfloat16"), 0,
+            {"float16": 2 * 2 * 10 * 20 * 16}, id="attention in 16 bits",
+        ),
+        pytest.param(
+            node("Attention", (2, 10, 16), (2, 20, 16), (2, 20, 16), output=(2, 10, 16)), 0,
+            {"bfloat16": 2 * 2 * 2 * 10 * 20 * 16}, id="compiled attention",
+        ),
+        pytest.param(
+            node("HeadAttention", (3, 49, 8), (3, 49, 8), (3, 49, 8), output=(3, 49, 8)), 0,
+            {"bfloat16": 2 * 2 * 3 * 49 * 49 * 8}, id="compiled attention of a head",
+        ),
+        pytest.param(node("Attention", (1, 2, 9, 8), (1, 2, 20, 8), output=(1, 2, 9, 8)), 0, {}, id="ONNX's attention"),
+        pytest.param(
+            node("Mlp", (2, 7, 4), (4,), (4,), (4, 12), (12,), (12, 4), (4,), output=(2, 7, 4)), 0,
+            {"bfloat16": 2 * 14 * (48 + 48)}, id="compiled layers",
+        ),
+        pytest.param(
+            node("Int8GatedMlp", (7, 4), (4,), *((4, 12), (12,), (12,)) * 2, (12, 4), (4,), (4,), output=(7, 4)), 0,
+            {"int8": 2 * 7 * 3 * 48}, id="compiled gated layers",
+        ),
     ],
 )  # fmt: skip
 def test_counts_operations_as_by_hand(one: ProfiledNode, cached: int, expected: dict[str, float]) -> None:
@@ -81,6 +104,91 @@ def test_counts_the_work_of_a_bundles_graphs(tiny_bundle_path: Path) -> None:
     pictures = (policy.input_size_hw[0] // 28) * (policy.input_size_hw[1] // 28)
     assert pictures < tokens < policy.max_length
     assert work["token"].num_bytes > work["prefill"].num_bytes, "the token reads the cache"
+
+
+def attention_graph(path: Path, computed: int, softmax: int) -> Path:
+    """Softmax attention of 7 queries with 5 keys of 3 numbers each behind a projection, by products of one type."""
+    onnx = pytest.importorskip("onnx", reason="writes the graph")
+    from onnx import TensorProto, helper
+
+    def cast(source: str, name: str, kind: int) -> Any:
+        return helper.make_node("Cast", [source], [name], to=kind, name=f"{name}:Cast")
+
+    nodes = [
+        cast("x", "queries_in", computed),
+        helper.make_node("MatMul", ["queries_in", "weight"], ["queries"], name="queries:MatMul"),
+        helper.make_node("Transpose", ["keys"], ["turned"], perm=[1, 0], name="turned:Transpose"),
+        helper.make_node("MatMul", ["queries", "turned"], ["scores"], name="scores:MatMul"),
+        cast("scores", "wide", softmax),
+        helper.make_node("Softmax", ["wide"], ["shares_wide"], name="shares_wide:Softmax"),
+        cast("shares_wide", "shares", computed),
+        helper.make_node("MatMul", ["shares", "keys"], ["mixed"], name="mixed:MatMul"),
+        cast("mixed", "y", TensorProto.FLOAT),
+    ]
+    weights = [
+        helper.make_tensor("weight", computed, [4, 3], np.ones(12)),
+        helper.make_tensor("keys", computed, [5, 3], np.ones(15)),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [7, width]) for n, width in (("x", 4), ("y", 3)))
+    graph = helper.make_graph(nodes, "attention", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+    return path
+
+
+_FLOAT32, _FLOAT16, _BFLOAT16 = 1, 10, 16
+"""ONNX's numbers of types."""
+
+
+@pytest.mark.parametrize(
+    ("computed", "softmax", "kind"),
+    [
+        pytest.param(_FLOAT32, _FLOAT32, "float32", id="float32"),
+        pytest.param(_FLOAT16, _FLOAT16, "float16", id="float16"),
+        pytest.param(_FLOAT16, _FLOAT32, "float16", id="float16 but for the softmax"),
+    ],
+)
+def test_counts_a_graph_in_the_type_that_it_computes_in(tmp_path: Path, computed: int, softmax: int, kind: str) -> None:
+    """A CPU casts to float32 and back around each product of 16 bits, and its profile names nothing else."""
+    path = attention_graph(tmp_path / "graph.onnx", computed, softmax)
+    session = open_session(str(path), resolve_backend("cpu"), 1, profile=str(tmp_path / "profile"))
+    session.run(None, {"x": np.ones((7, 4), np.float32)})
+    (nodes,) = read_profile(session.end_profiling(), computed_types(path))
+    assert count_flops(nodes) == {kind: 2 * (7 * 4 * 3 + 7 * 3 * 5 + 7 * 5 * 3)}
+
+
+def test_types_of_nodes_follow_inputs_weights_and_casts(tmp_path: Path) -> None:
+    found = computed_types(attention_graph(tmp_path / "graph.onnx", _BFLOAT16, _FLOAT32))
+    assert found == {
+        "queries_in:Cast": "float32",
+        "queries:MatMul": "bfloat16",
+        "turned:Transpose": "bfloat16",
+        "scores:MatMul": "bfloat16",
+        "wide:Cast": "bfloat16",
+        "shares_wide:Softmax": "float32",
+        "shares:Cast": "float32",
+        "mixed:MatMul": "bfloat16",
+        "y:Cast": "bfloat16",
+    }
+
+
+def test_compiled_operators_count_as_the_functions_in_their_place() -> None:
+    """The shipped pair has each of them but one, and what they compute does not depend on who computes it."""
+    try:
+        if resolve_operators().path is None:
+            pytest.skip(f"needs the compiled operators: {resolve_operators().detail}")
+    except BackendError as error:
+        pytest.skip(f"needs the compiled operators: {error}")
+    bundle, task = Bundle.open(EMBEDDED), next(make_tasks(None, 1))
+    functions, compiled = (count_work(bundle, task, operators=one) for one in (False, True))
+    assert {name: sum(work.flops.values()) for name, work in functions.items()} == {
+        name: sum(work.flops.values()) for name, work in compiled.items()
+    }
+    for stage in ("vision", "mask_encode"):
+        assert "bfloat16" not in functions[stage].flops
+        assert compiled[stage].flops["bfloat16"] > 0
+        assert compiled[stage].flops["float32"] < functions[stage].flops["float32"]
 
 
 def test_a_stage_takes_the_longer_of_reading_and_computing() -> None:
@@ -123,7 +231,7 @@ def test_peaks_are_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segzero_rt.bench.peaks._SECONDS", 0.01)
     monkeypatch.setattr("segzero_rt.bench.peaks._SIDES", {"cpu": 256})
     peaks = measure_peaks(resolve_backend("cpu"), 1)
-    assert set(peaks.flops) == {"float32", "int8"} and min(peaks.flops.values()) > 1e8
+    assert set(peaks.flops) == {"float32", "int8", "float16"} and min(peaks.flops.values()) > 1e8
     rates = [peaks.read_rates[size] for size in sorted(peaks.read_rates)]
     assert rates == sorted(rates, reverse=True) and rates[-1] > 1e7
 

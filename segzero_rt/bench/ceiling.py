@@ -69,8 +69,10 @@ def measure_ceiling(settings: Mapping[str, Any]) -> Ceiling | str:
 
 
 def _measure(settings: dict[str, Any]) -> dict[str, Any]:
-    peaks = measure_peaks(resolve_backend(settings["backend"]), settings["threads"])
-    work = count_work(Bundle.open(settings["bundle"]), next(make_tasks(settings["images"], 1)))
+    backend = resolve_backend(settings["backend"])
+    peaks = measure_peaks(backend, settings["threads"])
+    task = next(make_tasks(settings["images"], 1))
+    work = count_work(Bundle.open(settings["bundle"]), task, operators=backend.device == "cpu")
     return {"peaks": peaks.to_json(), "work": {stage: one.to_json() for stage, one in work.items()}}
 
 

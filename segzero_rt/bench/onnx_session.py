@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from segzero_rt.graph import Backend
 
 
-def open_session(model: str | bytes, backend: Backend, threads: int, *, profile: str | None = None) -> Any:
+def open_session(
+    model: str | bytes, backend: Backend, threads: int, *, profile: str | None = None, library: Path | None = None
+) -> Any:
     """A session on a backend that is known to be there.
 
     Args:
@@ -15,6 +18,7 @@ def open_session(model: str | bytes, backend: Backend, threads: int, *, profile:
         threads: of one run.
         profile: path prefix of a profile of all runs. Its nodes are then the graph's own as far as ONNX Runtime leaves
             them, with weights in their declared shapes: neither packed nor blocked for one processor's kernels.
+        library: of compiled operators, which then take the place of functions in the graph.
     """
     import onnxruntime as runtime
 
@@ -22,6 +26,8 @@ def open_session(model: str | bytes, backend: Backend, threads: int, *, profile:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = profile

@@ -23,7 +23,8 @@ from segzero_rt.bench.tasks import Task
 from segzero_rt.bundle import Bundle
 from segzero_rt.graph import Backend, Graph, resolve_backend
 from segzero_rt.graph_spec import GraphSpec
-from segzero_rt.onnx_summary import read_summary
+from segzero_rt.onnx_summary import computed_types, read_summary
+from segzero_rt.operators.library import resolve_operators
 from segzero_rt.preflight.memory_plan import kv_cache_bytes
 
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
@@ -33,7 +34,15 @@ _INT8_PRODUCTS = frozenset(
 """Products of small integers; 4-bit weights are multiplied as 8-bit ones at best."""
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "ConvTranspose"})
 _INT8_CONVOLUTIONS = frozenset({"ConvInteger", "QLinearConv"})
-_ATTENTION, _CACHED_ATTENTION = "MultiHeadAttention", "GroupQueryAttention"
+_ATTENTIONS = frozenset({"MultiHeadAttention", "Attention", "HeadAttention"})
+"""Without a mask, over [batch, rows, width]; the latter two are compiled operators."""
+_CACHED_ATTENTION = "GroupQueryAttention"
+_COMPILED_LAYERS = frozenset({"Mlp", "Int8Mlp", "Int8GatedMlp"})
+_BY_ROWS = 3
+"""Axes of the attention that compiled operators take: ONNX's own `Attention` has four."""
+_HALVES = ("float16", "bfloat16")
+_NODE_ENDING = "_kernel_time"
+"""Of a node's run in the profile, behind its name."""
 _REPLY_TOKENS = 4
 """Enough for a run of one token after the prompt's."""
 
@@ -69,16 +78,20 @@ class _ProfilingBackend(Backend):
     """ONNX Runtime on one CPU thread, every run written down."""
 
     folder: str
-    sessions: dict[str, Any]
+    library: Path | None
+    sessions: dict[str, tuple[Path, Any]]
 
     def load_engine(self, path: Path, spec: GraphSpec) -> Graph | None:
-        session = open_session(str(path), self, 1, profile=str(Path(self.folder) / spec.name))
-        self.sessions[spec.name] = session
+        session = open_session(str(path), self, 1, profile=str(Path(self.folder) / spec.name), library=self.library)
+        self.sessions[spec.name] = path, session
         return Graph(session, spec, self)
 
 
-def count_work(bundle: Bundle, task: Task) -> dict[str, StageWork]:
+def count_work(bundle: Bundle, task: Task, *, operators: bool = True) -> dict[str, StageWork]:
     """Stage to its work: "vision", "prefill", "token" (one of the reply), "mask_encode", "mask_decode" (one object).
+
+    Args:
+        operators: as for `Graph.load`: whether compiled ones do what they can, where they are.
 
     Raises:
         GraphError: a graph cannot be read, or not be run on a CPU.
@@ -86,9 +99,12 @@ def count_work(bundle: Bundle, task: Task) -> dict[str, StageWork]:
     from segzero_rt.pipeline import SegZero
 
     cpu = resolve_backend("cpu")
-    sessions: dict[str, Any] = {}
+    sessions: dict[str, tuple[Path, Any]] = {}
+    library = resolve_operators().path if operators else None
     with tempfile.TemporaryDirectory(prefix="segzero-work-") as folder:
-        backend = _ProfilingBackend(name=cpu.name, version=cpu.version, folder=folder, sessions=sessions)
+        backend = _ProfilingBackend(
+            name=cpu.name, version=cpu.version, folder=folder, library=library, sessions=sessions
+        )
         pipeline = SegZero.load(bundle, backend=backend, draft_tokens=0)
         image_rgb = task.load_image()
         pipeline.policy.answer(image_rgb, task.question, max_new_tokens=_REPLY_TOKENS)
@@ -96,7 +112,10 @@ def count_work(bundle: Bundle, task: Task) -> dict[str, StageWork]:
         box = (width / 4, height / 4, width / 2, height / 2)
         center = (width * 3 / 8, height * 3 / 8)
         pipeline.segment(image_rgb, [Prompt(box_xyxy=box, points_xy=(center,))])
-        profiles = {name: _read_profile(session.end_profiling()) for name, session in sessions.items()}
+        profiles = {
+            name: read_profile(session.end_profiling(), computed_types(path))
+            for name, (path, session) in sessions.items()
+        }
     return _stages(bundle, profiles)
 
 
@@ -106,7 +125,7 @@ class ProfiledNode:
 
     operator: str
     dtype: str
-    """Of its first input."""
+    """Of its first input, in the words of the profile or the graph."""
     inputs: tuple[Shape, ...]
     """Those that it had; what is optional and absent leaves no gap."""
     output: Shape
@@ -146,12 +165,20 @@ def count_flops(nodes: Iterable[ProfiledNode], *, cached_tokens: int = 0) -> dic
     """
     flops: dict[str, float] = defaultdict(float)
     for node in nodes:
-        if node.operator in _INT8_PRODUCTS | _INT8_CONVOLUTIONS:
-            kind = "int8"
-        else:
-            kind = "float16" if node.dtype in ("float16", "bfloat16") else "float32"
-        flops[kind] += _node_flops(node, cached_tokens)
+        flops[_kind(node)] += _node_flops(node, cached_tokens)
     return {kind: count for kind, count in flops.items() if count}
+
+
+def _kind(node: ProfiledNode) -> str:
+    """The type of number that a node multiplies: what its graph asks for, and compiled operators by what they round to.
+
+    No library multiplies bfloat16 on a CPU, so that its peak is unknown, and the best known one stands for it.
+    """
+    if node.operator in _INT8_PRODUCTS | _INT8_CONVOLUTIONS or node.operator.startswith("Int8"):
+        return "int8"
+    if node.operator in ("Mlp", "Attention", "HeadAttention"):
+        return "bfloat16"
+    return "float16" if node.dtype in _HALVES else "float32"
 
 
 def _node_flops(node: ProfiledNode, cached_tokens: int) -> float:
@@ -163,7 +190,10 @@ def _node_flops(node: ProfiledNode, cached_tokens: int) -> float:
         if node.operator == "ConvTranspose":  # each number of the input meets every number of its channel's kernel
             return 2.0 * math.prod(node.inputs[0]) * math.prod(kernel[1:])
         return 2.0 * size * math.prod(kernel[1:])
-    if node.operator == _ATTENTION:
+    if node.operator in _COMPILED_LAYERS:
+        weights = (shape for shape in node.inputs[1:] if len(shape) > 1)
+        return 2.0 * math.prod(node.inputs[0][:-1]) * sum(math.prod(shape) for shape in weights)
+    if node.operator in _ATTENTIONS and len(node.inputs[0]) == _BY_ROWS:
         batch, queries = node.inputs[0][:2]
         return 4.0 * batch * queries * node.inputs[1][-2] * node.output[-1]
     if node.operator == _CACHED_ATTENTION:
@@ -173,16 +203,21 @@ def _node_flops(node: ProfiledNode, cached_tokens: int) -> float:
     return 0.0
 
 
-def _read_profile(path: str) -> list[list[ProfiledNode]]:
-    """The nodes of each run, in the order in which the runs were made."""
+def read_profile(path: str, types: Mapping[str, str]) -> list[list[ProfiledNode]]:
+    """The nodes of each run, in the order in which the runs were made.
+
+    Args:
+        types: what nodes of the graph compute in, by name: a CPU casts products of 16 bits to 32 and back, and the
+            profile tells that.
+    """
     events = json.loads(Path(path).read_text(encoding="utf-8"))
     runs = sorted(_span(event) for event in events if event["name"] == "model_run")
     nodes = sorted(
         (
             (event["ts"], node)
             for event in events
-            if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
-            if (node := _node(event["args"])) is not None
+            if event["cat"] == "Node" and event["name"].endswith(_NODE_ENDING)
+            if (node := _node(event["args"], types.get(event["name"].removesuffix(_NODE_ENDING)))) is not None
         ),
         key=lambda pair: pair[0],
     )
@@ -193,12 +228,15 @@ def _span(event: Mapping[str, Any]) -> tuple[int, int]:
     return event["ts"], event["ts"] + event["dur"]
 
 
-def _node(args: Mapping[str, Any]) -> ProfiledNode | None:
+def _node(args: Mapping[str, Any], dtype: str | None) -> ProfiledNode | None:
     inputs, outputs = _shapes(args.get("input_type_shape")), _shapes(args.get("output_type_shape"))
     if not inputs or not outputs:
         return None
     return ProfiledNode(
-        operator=args["op_name"], dtype=inputs[0][0], inputs=tuple(shape for _, shape in inputs), output=outputs[0][1]
+        operator=args["op_name"],
+        dtype=dtype or inputs[0][0],
+        inputs=tuple(shape for _, shape in inputs),
+        output=outputs[0][1],
     )
 
 
