@@ -243,7 +243,9 @@ def execute(arguments: argparse.Namespace) -> int:
     if arguments.policy is not None:  # what cannot be exported is told before the work
         _imported("policy").open_policy(arguments.policy, **options)
     with quiet_libraries(), workplace(arguments.out, arguments.policy) as work:
-        # The segmenter first: a checkpoint that cannot be read shows within seconds, and a policy may take an hour.
+        if arguments.policy is not None:
+            _imported("policy").plan_policy(arguments.policy, work, max_length=preset.max_length, **options)
+        # The segmenter first: a checkpoint that cannot be read shows within a minute, and a policy may take an hour.
         segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
         policy = _export_policy(arguments, work, preset, options, pictures, calibration) if arguments.policy else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)

@@ -143,6 +143,8 @@ def export_policy(
     export.folder.mkdir(parents=True, exist_ok=True)
     graphs = export.planned()
     graphs.write()
+    if graphs.resumed:
+        say(f"policy: {graphs.resumed} weights were whole from an earlier export")
     shutil.copyfile(tokenizer, export.folder / "tokenizer.json")
     limits = gate_limits or default_limits(storage, lossless=graphs.lossless, computed=computed)
     return PolicyExport(
@@ -175,6 +177,26 @@ def open_policy(
     _check(checkpoint, input_size_hw, float32_products, computed)
     _check_tokenizer(checkpoint)
     return checkpoint, _precision(checkpoint, flavour, storage, computed, float32_products, int4_method)
+
+
+def plan_policy(hf_folder: Path, out_dir: Path, *, max_length: int, **options: Any) -> None:
+    """What `export_policy` does before it reads a weight: every name and shape, and the room on the disk.
+
+    Args:
+        out_dir: where the graphs will be; its folder "policy" is made.
+        max_length: as `export_policy` takes it.
+        options: as `open_policy` takes them.
+
+    Raises:
+        ExportError: a weight is missing, superfluous or of another shape, or the disk has not the room.
+    """
+    checkpoint, precision = open_policy(hf_folder, **options)
+    folder = out_dir / "policy"
+    folder.mkdir(parents=True, exist_ok=True)
+    flavour, size_hw = options["flavour"], options["input_size_hw"]
+    PolicyGraphWriter(
+        checkpoint, folder, precision, flavour=flavour, input_size_hw=size_hw, max_length=max_length
+    ).plan()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,31 @@ class PolicyAdapter:
         except (OSError, ValueError) as error:
             raise ExportError(f"expected an adapter with {ADAPTER_CONFIG} in {folder}, got: {error}") from error
         _check(config, folder)
+        self.base = str(config.get("base_model_name_or_path") or "an unknown model")
+        """What it was trained on, in the words of its settings."""
         self._products = _products(folder, config, current_key)
         self._used: set[str] = set()
 
-    def applied(self, key: str, weight: Weight) -> Weight:
-        """The weight with what the adapter adds to it.
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """To be called before anything is applied, with the shape of each weight that the checkpoint has.
 
         Raises:
-            ExportError: the adapter was made for a weight of another shape.
+            ExportError: the adapter was made for a weight that is not there, or has another shape.
         """
+        for key, product in sorted(self._products.items()):
+            shape = (product.up.shape[0], product.down.shape[1])
+            if shapes.get(key) != shape:
+                came = f"where the checkpoint has {shapes[key]}" if key in shapes else "which the checkpoint has not"
+                raise ExportError(
+                    f"expected an adapter of this checkpoint in {self.folder}, got one that changes {key} of shape "
+                    f"{shape}, {came}; it was trained on {self.base[:80]}"
+                )
+
+    def applied(self, key: str, weight: Weight) -> Weight:
+        """The weight with what the adapter adds to it."""
         product = self._products.get(key)
         if product is None:
             return weight
-        shape = (product.up.shape[0], product.down.shape[1])
-        if shape != weight.shape:
-            raise ExportError(f"expected an adapter for {key} of shape {weight.shape}, got one for {shape}")
         self._used.add(key)
         return Weight(weight.shape, lambda start, stop: weight.rows(start, stop) + product.rows(start, stop))
 
@@ -85,13 +95,11 @@ class PolicyAdapter:
         """To be called when every weight was asked for.
 
         Raises:
-            ExportError: the adapter changes a weight that the checkpoint has not.
+            ExportError: the adapter changes a weight that no graph reads.
         """
         unused = sorted(set(self._products) - self._used)
         if unused:
-            raise ExportError(
-                f"expected an adapter of this checkpoint in {self.folder}, got one that changes {unused[0]}"
-            )
+            raise ExportError(f"expected an adapter in {self.folder} of weights in use, got one of {unused[0]}")
 
     def fingerprint(self) -> str:
         """Changes when the adapter does."""

@@ -93,6 +93,8 @@ class PolicyCheckpoint:
         self._files = _weight_files(folder)
         self._asked_for: set[str] = set()
         self._adapter = PolicyAdapter(adapter, _current_key) if adapter is not None else None
+        if self._adapter is not None:
+            self._adapter.check_fits({key: found.shape for key, found in self._files.items()})
         self._factors: dict[str, Factors] = {}
 
     @property

@@ -140,6 +140,9 @@ POLICIES: list[tuple[str, Change, str]] = [
         weights(lambda w: w.update({"model.language_model.norm.weight": torch.ones(64)})),
         r"each weight once, got model\.(language_model\.)?norm",
     ),
+    ("a weight too few", weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), r"up_proj.weight .* got none"),
+    ("a weight too many", weights(lambda w: w.update({"model.extra": torch.zeros(3)})), "1 that it has not, such as"),
+    ("a weight of another shape", weights(lambda w: w.update({"model.norm.weight": torch.zeros(63)})), r"got \(63,\)"),
     ("a tokenizer of another kind", written("tokenizer.json", {"model": {"type": "Unigram"}}), "from the base model"),
     ("a tokenizer without pictures", without_token("<|image_pad|>"), r"<\|image_pad\|>.*copy tokenizer\.json"),
     ("another number for pictures", settings(image_token_id=7), r"<\|image_pad\|> as token 7 .*got 5 and"),
@@ -172,7 +175,7 @@ def test_a_policy_that_cannot_be_exported_is_one_line_before_any_work(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(expected, error), error
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert list(tmp_path.rglob("out/*")) == []
 
 
 def hub_cache(folder: Path, source: Path) -> Path:
