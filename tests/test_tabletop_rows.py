@@ -42,6 +42,20 @@ def test_a_folder_grows_to_what_it_would_have_been(tmp_path: Path) -> None:
     assert path.read_bytes() == (whole / ROWS_NAME).read_bytes()
 
 
+@pytest.mark.slow  # each process imports the package anew
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_change_nothing_in_what_is_written(tmp_path: Path, processes: int) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    kinds = ("none", "function", "name", "several", "consequence", "compositional")
+    build_tabletop_rows(alone, split="train", seed=3, num_rows=36, kinds=kinds)
+    build_tabletop_rows(together, split="train", seed=3, num_rows=2, kinds=kinds)
+    build_tabletop_rows(together, split="train", seed=3, num_rows=36, kinds=kinds, processes=processes)
+    written = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} for folder in (alone, together)
+    ]
+    assert len(written[0]) == 37 and written[0] == written[1]
+
+
 @pytest.mark.parametrize(
     ("split", "seed", "kinds"),
     [
@@ -53,7 +67,7 @@ def test_a_folder_grows_to_what_it_would_have_been(tmp_path: Path) -> None:
 def test_rows_of_another_choice_stay(tmp_path: Path, split: str, seed: int, kinds: tuple[str, ...]) -> None:
     build_tabletop_rows(tmp_path, split="train", seed=3, num_rows=1, kinds=("name",))
     before = (tmp_path / ROWS_NAME).read_bytes()
-    with pytest.raises(DatasetError, match="choose another folder"):
+    with pytest.raises(DatasetError, match=f"{split} and seed {seed} by kind .*train-3-0.*rendered.*another folder"):
         build_tabletop_rows(tmp_path, split=split, seed=seed, num_rows=2, kinds=kinds)
     assert (tmp_path / ROWS_NAME).read_bytes() == before
 

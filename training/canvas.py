@@ -8,6 +8,7 @@ side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import cv2
@@ -25,6 +26,32 @@ _HALF = SIDE / 2 - 4
 """Pixels per object unit; a margin of four pixels keeps antialiased edges inside."""
 
 
+def thrice(plane: Plane) -> Plane:
+    """[H, W] as [H, W, 3], one for each colour: faster written out than where NumPy repeats it number by number."""
+    return np.asarray(cv2.merge((plane, plane, plane)), np.float32)
+
+
+def touched(plane: Plane) -> tuple[slice, slice]:
+    """The smallest window of [H, W] with everything that is not 0; all of it where there is nothing else."""
+    rows, columns = np.flatnonzero(plane.any(1)), np.flatnonzero(plane.any(0))
+    if not rows.size:
+        return slice(None), slice(None)
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+@functools.cache
+def _circle() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cosines and sines of 72 angles."""
+    angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    return np.cos(angles), np.sin(angles)
+
+
+@functools.cache
+def _quarter(start_deg: int) -> tuple[Point, ...]:
+    """Cosine and sine of seven angles of a quarter turn."""
+    return tuple((np.cos(angle), np.sin(angle)) for angle in np.deg2rad(np.linspace(start_deg, start_deg + 90, 7)))
+
+
 def _fixed(values: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.asarray(np.round((values * _HALF + SIDE / 2) * (1 << _SHIFT)), dtype=np.int32)
 
@@ -38,20 +65,20 @@ class Canvas:
         self.height: Plane = np.zeros((SIDE, SIDE), np.float32)
 
     @staticmethod
-    def polygon_mask(points: Sequence[Point]) -> Plane:
+    def polygon_mask(points: Sequence[Point] | NDArray[np.float64]) -> Plane:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         cv2.fillPoly(mask, [_fixed(np.asarray(points, np.float64))], 255, cv2.LINE_AA, _SHIFT)
         return mask.astype(np.float32) / np.float32(255)
 
     @staticmethod
     def ellipse_mask(centre: Point, radii: Point, angle_deg: float = 0.0) -> Plane:
-        angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+        cosines, sines = _circle()
         turn = np.deg2rad(angle_deg)
-        x, y = radii[0] * np.cos(angles), radii[1] * np.sin(angles)
+        x, y = radii[0] * cosines, radii[1] * sines
         ring = np.stack(
             [x * np.cos(turn) - y * np.sin(turn) + centre[0], x * np.sin(turn) + y * np.cos(turn) + centre[1]], 1
         )
-        return Canvas.polygon_mask([(float(px), float(py)) for px, py in ring])
+        return Canvas.polygon_mask(ring)
 
     @staticmethod
     def stroke_mask(points: Sequence[Point], width: float) -> Plane:
@@ -72,8 +99,7 @@ class Canvas:
         ]  # fmt: skip
         points: list[Point] = []
         for x, y, start in corners:
-            for angle in np.deg2rad(np.linspace(start, start + 90, 7)):
-                points.append((float(x + radius * np.cos(angle)), float(y + radius * np.sin(angle))))
+            points += [(float(x + radius * cosine), float(y + radius * sine)) for cosine, sine in _quarter(start)]
         return Canvas.polygon_mask(points)
 
     def paint(self, mask: Plane, colour: Sequence[float] | Plane, *, bulge: float = 0.0, opacity: float = 1.0) -> None:
@@ -82,15 +108,11 @@ class Canvas:
         `bulge` is the roundness of the part: 0 keeps the height below it (paint), 0.1 is a bevelled sheet, 1 a full
         tube or ball.
         """
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if rows.size == 0:
-            return
-        # Parts are small beside the drawing area: work on the window that the mask touches alone.
-        window = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
+        window = touched(mask)  # parts are small beside the drawing area
         part = mask[window]
-        weight = (part * opacity)[..., None]
+        weight = thrice(part * opacity)
         over = np.asarray(colour, np.float32)
-        over = over[window] if over.ndim == 3 else over
+        over = over[window] if over.ndim == 3 else np.tile(over, (part.shape[1], 1))  # a row of it, as `thrice` says
         self.colour[window] += (over - self.colour[window]) * weight
         self.alpha[window] = np.maximum(self.alpha[window], part)
         if bulge > 0:

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from .canvas import SIDE, Canvas, Plane
+from .canvas import SIDE, Canvas, Plane, thrice, touched
 from .draws import pick
 from .mask_points import box_and_points
 from .object_kinds import COLOURS, KINDS, MATERIAL_SHINE, Look
@@ -263,7 +263,7 @@ def _place(rng: np.random.Generator, planned: PlannedObject, size_hw: tuple[int,
     matrix[:, 2] += reach - SIDE / 2
     side = 2 * reach
     planes = np.dstack(
-        [canvas.colour * canvas.alpha[..., None], canvas.alpha, cv2.GaussianBlur(canvas.height, (0, 0), 2.0)]
+        [canvas.colour * thrice(canvas.alpha), canvas.alpha, cv2.GaussianBlur(canvas.height, (0, 0), 2.0)]
     )
     if scale < 0.75:
         planes = cv2.GaussianBlur(planes, (0, 0), 0.35 / scale)  # a photograph's antialiasing, before shrinking
@@ -274,7 +274,7 @@ def _place(rng: np.random.Generator, planned: PlannedObject, size_hw: tuple[int,
         top - centre[1] + reach : bottom - centre[1] + reach, left - centre[0] + reach : right - centre[0] + reach
     ]
     alpha = crop[..., 3]
-    colour = np.asarray(crop[..., :3] / np.maximum(alpha, np.float32(1e-3))[..., None], np.float32)
+    colour = crop[..., :3] / thrice(np.maximum(alpha, np.float32(1e-3)))
     return _Layer(
         window=(top, left, bottom, right), colour=colour, alpha=alpha, height=crop[..., 4] * scale,
         shine=MATERIAL_SHINE[planned.material], size_hw=size_hw,
@@ -299,23 +299,27 @@ def _cast_shadow(picture: Plane, layer: _Layer, light: _Light) -> None:
     canvas = np.pad(layer.alpha, pad)
     shift = np.array([[1, 0, light.direction_xy[0] * light.reach_px], [0, 1, light.direction_xy[1] * light.reach_px]])
     moved = cv2.warpAffine(canvas, shift, canvas.shape[::-1])
-    shadow = cv2.blur(cv2.blur(moved, (int(light.softness_px),) * 2), (int(light.softness_px) + 2,) * 2)
+    soft = cv2.blur(cv2.blur(moved, (int(light.softness_px),) * 2), (int(light.softness_px) + 2,) * 2)
+    shadow = np.asarray(soft, np.float32)
     y0, x0, y1, x1 = max(0, top - pad), max(0, left - pad), min(height, bottom + pad), min(width, right + pad)
     part = shadow[y0 - top + pad : y1 - top + pad, x0 - left + pad : x1 - left + pad]
-    picture[y0:y1, x0:x1] *= (1 - light.darkness * part)[..., None]
+    dark = touched(part)
+    picture[y0:y1, x0:x1][dark] *= thrice(1 - light.darkness * part[dark])
 
 
 def _lay(picture: Plane, layer: _Layer, light: _Light) -> None:
     top, left, bottom, right = layer.window
     gy = cv2.Sobel(layer.height, cv2.CV_32F, 0, 1, scale=1 / 8)
     gx = cv2.Sobel(layer.height, cv2.CV_32F, 1, 0, scale=1 / 8)
+    drawn = touched(layer.alpha)  # the rest of the window stays as it is
+    gx, gy = gx[drawn], gy[drawn]
     norm = 1 / np.sqrt(gx * gx + gy * gy + 1)
     towards = (gx * light.direction_xy[0] + gy * light.direction_xy[1]) * norm  # > 0: faces the light
     shading = 0.8 + 0.2 * norm + 0.32 * towards
     gleam = np.clip(towards * 0.62 + norm * 0.78, 0, 1) ** 24 * layer.shine * 0.55
-    lit = layer.colour * shading[..., None] + gleam[..., None]
-    alpha = layer.alpha[..., None]
-    window = picture[top:bottom, left:right]
+    lit = layer.colour[drawn] * thrice(shading) + thrice(gleam)
+    alpha = thrice(layer.alpha[drawn])
+    window = picture[top:bottom, left:right][drawn]
     window *= 1 - alpha
     window += lit * alpha
 
@@ -326,12 +330,16 @@ def _photograph(rng: np.random.Generator, picture: Plane, light: _Light) -> NDAr
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     field_of_light = 1 + light.slope_xy[0] * x + light.slope_xy[1] * y - rng.uniform(0, 0.14) * (x * x + y * y)
-    exposed = np.asarray(picture * field_of_light[..., None] * light.tint_rgb, np.float32)
+    exposed = picture * thrice(np.asarray(field_of_light, np.float32))
+    exposed *= np.tile(light.tint_rgb, (width, 1))
     blur = rng.uniform(0, 0.9)
     if blur > 0.35:
         exposed = np.asarray(cv2.GaussianBlur(exposed, (0, 0), blur), np.float32)
-    grain = rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.uniform(0.004, 0.022))
-    return np.clip((exposed + grain) * 255 + 0.5, 0, 255).astype(np.uint8)
+    grain = rng.standard_normal((height, width), np.float32) * np.float32(rng.uniform(0.004, 0.022))
+    exposed += thrice(grain)
+    exposed *= 255
+    exposed += 0.5
+    return np.clip(exposed, 0, 255, out=exposed).astype(np.uint8)
 
 
 def _describe(planned: PlannedObject, layer: _Layer, mask: NDArray[np.bool_]) -> SceneObject:
