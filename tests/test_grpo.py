@@ -169,6 +169,13 @@ BAD_PRESETS: dict[str, Callable[[], GrpoPreset]] = {
     "less than nothing of the base": lambda: dataclasses.replace(debug(), base_share=-0.1),
     "adapters mixed with the base": lambda: dataclasses.replace(with_lora(debug()), base_share=0.5),
     "no steps between evaluations": lambda: dataclasses.replace(debug(), eval_every=0),
+    "4-bit weights and vLLM": lambda: dataclasses.replace(with_lora(seg_zero_3b(), four_bit=True), vllm=Vllm.COLOCATE),
+    "a learning rate of nothing": lambda: dataclasses.replace(debug(), learning_rate=0.0),
+    "a learning rate below nothing": lambda: dataclasses.replace(debug(), learning_rate=-1e-4),
+    "a learning rate that is no number": lambda: dataclasses.replace(debug(), learning_rate=float("nan")),
+    "a learning rate without end": lambda: dataclasses.replace(debug(), learning_rate=float("inf")),
+    "a negative seed": lambda: dataclasses.replace(debug(), seed=-1),
+    "a seed of more than 32 bits": lambda: dataclasses.replace(debug(), seed=2**32),
 }
 
 
@@ -260,8 +267,14 @@ def test_a_run_leaves_its_curve_its_report_and_the_best_policy(folder: Path) -> 
     best = Qwen2_5_VLForConditionalGeneration.from_pretrained(policy).state_dict()
     assert base.keys() == best.keys()
     assert any(not torch.equal(base[name], best[name]) for name in base)
-    with pytest.raises(SegZeroError, match="another --out"):
-        train_grpo(dataclasses.replace(run, preset=dataclasses.replace(run.preset, seed=7)))
+    reworded = [dataclasses.replace(run.rows[0], question="the plate"), *run.rows[1:]]
+    for changed, named in (
+        ({"preset": dataclasses.replace(run.preset, seed=7)}, "preset.seed 42 instead of 7"),
+        ({"rows": reworded}, "rows_sha256"),
+        ({"eval_rows": run.eval_rows[:1]}, "validation_sha256"),
+    ):
+        with pytest.raises(SegZeroError, match=f"{named}.*another --out"):
+            train_grpo(dataclasses.replace(run, **changed))
 
 
 def test_a_share_of_the_base_is_mixed_into_the_best_policy(folder: Path) -> None:

@@ -32,7 +32,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_config import GRPOConfig
 
 from segzero_rt.answer_format import FORMATS
-from segzero_rt.errors import DatasetError, SegZeroError
+from segzero_rt.errors import DatasetError
 
 from .grpo_callbacks import MetricsLog, RewardProgress, SampleReport
 from .grpo_data import check_prompts, training_dataset
 from .grpo_model import load_policy, lora_config
 from .grpo_observer import BOX_GIOU, Observer
+from .grpo_preflight import check_before_rows, claim, settings_of
 from .grpo_presets import GrpoPreset, Precision, Vllm
 from .grpo_processor import load_processor
 from .grpo_rewards import reward_set
@@ -57,7 +58,6 @@ from .grpo_trainer import SegmentationGrpoTrainer, SharedPromptGrpoTrainer
 from .rows import TrainingRow, read_rows
 from .tabletop_rows import build_tabletop_rows
 
-RUN_NAME = "run.json"
 POLICY_FOLDER = "hf"
 _CHECKPOINT_STATE = "trainer_state.json"
 
@@ -80,12 +80,11 @@ def train_grpo(run: GrpoRun) -> Path:
 
     Raises:
         DatasetError: a row that cannot be asked or scored, before anything is trained.
-        SegZeroError: `out` holds another run, the policy does not load, or several processes are to mix weights.
+        SegZeroError: as `check_before_rows`, or the policy does not load.
     """
-    if run.preset.base_share and PartialState().num_processes > 1:
-        raise SegZeroError("expected one process with a base share, whose weights are whole; give --base-share 0")
+    check_before_rows(run.preset, out=run.out, policy=run.policy)
     check_rows(run)
-    _claim_folder(run)
+    claim(run.out, settings_of(run.preset, run.policy, run.rows, run.eval_rows))
     trainer = build_trainer(run)
     checkpoint = newest_checkpoint(run.out)
     trainer.args.eval_on_start = checkpoint is None
@@ -210,26 +209,6 @@ def newest_checkpoint(out: Path) -> Path | None:
     return None
 
 
-def _claim_folder(run: GrpoRun) -> None:
-    """Raises `SegZeroError` where `out` holds a run with other settings."""
-    settings = {"policy": run.policy, "num_rows": len(run.rows), "preset": asdict(run.preset)}
-    settings = json.loads(json.dumps(settings))
-    path = run.out / RUN_NAME
-    with PartialState().main_process_first():
-        run.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            temporary = path.with_suffix(".part")
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-            temporary.replace(path)
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    differing = [name for name in settings if earlier.get(name) != settings[name]]
-    if differing:
-        raise SegZeroError(
-            f"expected {run.out} to hold a run with these settings, its {', '.join(differing)} differ(s) "
-            f"(see {path}); choose another --out"
-        )
-
-
 def mix_in(policy: Any, base: Any, share: float) -> None:
     """Moves every weight of `policy` by `share` of the way to that of `base`, in place."""
     with torch.no_grad():
@@ -256,24 +235,27 @@ def save_best(trainer: SegmentationGrpoTrainer, folder: Path) -> Path:
 
 
 def rows_of(
-    preset: GrpoPreset, folder: Path, split: str, num_rows: int, given: Path | None, kinds: tuple[str, ...] = ()
+    preset: GrpoPreset,
+    folder: Path,
+    split: str,
+    num_rows: int,
+    given: Path | None,
+    kinds: tuple[str, ...] = (),
+    *,
+    processes: int = 1,
 ) -> list[TrainingRow]:
     """Rows that were given, or tabletop questions, rendered into `folder` by the first process.
 
     Args:
-        kinds: as `build_tabletop_rows` takes them.
+        kinds, processes: as `build_tabletop_rows` takes them.
 
     Raises:
-        DatasetError: none were given and the preset renders none, or a row is wrong.
+        DatasetError: a row is wrong, or the folder holds other ones.
     """
     if given is not None:
         return read_rows(given)
-    if not preset.num_rows:
-        raise DatasetError(
-            f"expected rows for preset {preset.name}: give --data and --validation (segzero train prepare)"
-        )
     with PartialState().main_process_first():
-        build_tabletop_rows(folder, split=split, seed=preset.seed, num_rows=num_rows, kinds=kinds)
+        build_tabletop_rows(folder, split=split, seed=preset.seed, num_rows=num_rows, kinds=kinds, processes=processes)
     return read_rows(folder, limit=num_rows)
 
 

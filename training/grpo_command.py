@@ -24,6 +24,9 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="training rows (see `segzero train prepare`)")
     parser.add_argument("--validation", type=Path, metavar="DIR", help="rows that choose the best checkpoint")
+    parser.add_argument(
+        "--workers", type=positive_integer, metavar="N", help="processes that render questions (default: the cores)"
+    )
     sizes = parser.add_argument_group("smaller machines")
     adapters = sizes.add_mutually_exclusive_group()
     adapters.add_argument("--lora", action="store_true", help="train adapters on frozen bfloat16 weights")
@@ -40,7 +43,7 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     changes = parser.add_argument_group("changes to the preset")
     changes.add_argument("--steps", type=positive_integer, metavar="N", help="optimiser steps")
     changes.add_argument("--learning-rate", type=float, metavar="X")
-    changes.add_argument("--seed", type=int, metavar="K")
+    changes.add_argument("--seed", type=int, metavar="K", help="of questions, their order and samples (0 to 2^32 - 1)")
     changes.add_argument(
         "--base-share", type=float, metavar="X",
         help="share of the weights that training began with in those that it ends with: less is forgotten",
@@ -59,13 +62,20 @@ def execute_grpo(arguments: argparse.Namespace) -> None:
         SegZeroError: options, rows or a policy that cannot be trained with; nothing has been trained then.
     """
     from .grpo import GrpoRun, rows_of, train_grpo
+    from .grpo_preflight import check_before_rows
+    from .worker_processes import default_processes
 
     preset = chosen_preset(arguments)
-    rows = rows_of(preset, arguments.out / "rows" / "train", "train", preset.num_rows, arguments.data, preset.row_kinds)
-    eval_rows = rows_of(
-        preset, arguments.out / "rows" / "validation", "validation", preset.num_eval_rows, arguments.validation
-    )
     policy = arguments.policy or preset.policy
+    given = (arguments.data, arguments.validation)
+    check_before_rows(preset, out=arguments.out, policy=policy, given=given)
+    folder, processes = arguments.out / "rows", arguments.workers or default_processes()
+    rows = rows_of(
+        preset, folder / "train", "train", preset.num_rows, arguments.data, preset.row_kinds, processes=processes
+    )
+    eval_rows = rows_of(
+        preset, folder / "validation", "validation", preset.num_eval_rows, arguments.validation, processes=processes
+    )
     train_grpo(GrpoRun(preset=preset, out=arguments.out, policy=policy, rows=rows, eval_rows=eval_rows))
 
 
@@ -95,9 +105,10 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
         from .grpo_rewards import with_extras
 
         changes["rewards"] = with_extras(preset.rewards, arguments.reward_extras.split(","))
+    given = {name: value for name, value in changes.items() if value is not None}
     if arguments.vllm is not None:
-        preset = replace(preset, vllm=None if arguments.vllm == "off" else Vllm(arguments.vllm))
+        given["vllm"] = None if arguments.vllm == "off" else Vllm(arguments.vllm)
     try:
-        return replace(preset, **{name: value for name, value in changes.items() if value is not None})
+        return replace(preset, **given)
     except ValueError as error:
         raise SegZeroError(str(error)) from error

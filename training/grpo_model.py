@@ -19,7 +19,7 @@ def load_policy(preset: GrpoPreset, policy: str) -> Qwen2_5_VLForConditionalGene
     """The policy to train, its vision tower frozen where the preset says so.
 
     Raises:
-        SegZeroError: the folder holds no Qwen2.5-VL, or four-bit weights are asked for without their library.
+        SegZeroError: the folder holds no Qwen2.5-VL.
     """
     dtype = torch.bfloat16 if preset.precision is Precision.BF16 else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": preset.attention}
@@ -49,14 +49,8 @@ def lora_config(lora: Lora) -> Any:
 
 
 def _four_bit() -> Any:
-    from importlib.util import find_spec
-
     from transformers import BitsAndBytesConfig
 
-    if find_spec("bitsandbytes") is None:
-        raise SegZeroError(
-            "expected bitsandbytes for 4-bit weights, it is not installed: pip install segzero-rt[qlora]"
-        )
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -21,6 +21,8 @@ CELL_PX = 28
 """A visual token's side in pixels: 14-pixel patches, merged 2 × 2."""
 PUBLISHED_SIDE = 840
 """Side of the square picture that the published policies see: 900 visual tokens."""
+MOST_SEED = 2**32 - 1
+"""NumPy's legacy generator, which transformers seeds, takes no more."""
 
 
 TABLETOP_KINDS = (
@@ -160,8 +162,16 @@ class GrpoPreset:
             raise ValueError(f"expected a base share of at least 0 and below 1, got {self.base_share}")
         if self.base_share and self.lora is not None:
             raise ValueError("expected a base share without LoRA, whose alpha says how much of the adapters counts")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"expected a learning rate above 0 and below 1, got {self.learning_rate}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"expected a seed from 0 to {MOST_SEED}, got {self.seed}")
+        if self.vllm is not None and self.lora is not None and self.lora.four_bit:
+            raise ValueError("expected 4-bit weights without vLLM, to which packed weights cannot be handed; use LoRA")
         if self.shared_prompts and (self.vllm is not None or self.gradient_checkpointing):
-            raise ValueError("expected shared prompts without vLLM and without gradient checkpointing")
+            raise ValueError(
+                f"expected no vLLM and no gradient checkpointing with shared prompts, as preset {self.name} samples"
+            )
 
     @property
     def samples_per_step(self) -> int:

@@ -7,6 +7,8 @@ runtime's own function, since resampling is part of the model.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
@@ -18,6 +20,7 @@ from .distinct_pictures import DistinctPictureProcessor
 from .policy_model import IMAGE_MEAN, IMAGE_STD
 
 IMAGE_TOKEN = "<|image_pad|>"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -50,6 +53,11 @@ def load_processor(policy: str) -> PictureProcessor:
     Raises:
         SegZeroError: there is no policy, or its tokenizer lacks a token that the turns need.
     """
+    if not (Path(policy) / "config.json").is_file() and (Path(policy).exists() or not _HUB_NAME.fullmatch(policy)):
+        raise SegZeroError(
+            f"expected a Qwen2.5-VL policy in {policy}, found no folder with a config.json; give --policy a folder "
+            "(seen from where the command runs) or a hub name"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             policy, padding_side="left", truncation_side="left"
