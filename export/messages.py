@@ -42,6 +42,7 @@ class WrittenBytes:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keeps hints, deprecations and progress bars of PyTorch and transformers off stderr; their errors still come."""
+    import torch  # noqa: F401 - sets the levels of its loggers when it is imported, over ours if it came later
     from transformers.utils import logging as hub_logging
 
     loggers = [logging.getLogger(name) for name in _NOISY]

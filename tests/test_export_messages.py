@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,8 @@ pytest.importorskip("transformers", reason="one of the libraries that are to be 
 from transformers.utils import logging as hub_logging
 
 from export.messages import WrittenBytes, quiet_libraries, say
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def chatter() -> None:
@@ -41,6 +46,18 @@ def test_errors_of_other_libraries_still_come(caplog: pytest.LogCaptureFixture) 
     with quiet_libraries():
         logging.getLogger("torch.onnx._internal.exporter").error("it broke")
     assert "it broke" in caplog.text
+
+
+def test_pytorch_is_quiet_even_when_nobody_imported_it_before() -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from export.messages import quiet_libraries\n"
+        "with quiet_libraries():\n"
+        "    import logging, torch\n"
+        "    logging.getLogger('torch.onnx._internal.exporter._registration').warning('torchvision is not installed')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stderr == ""
 
 
 @pytest.mark.parametrize(
