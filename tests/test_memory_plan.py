@@ -12,29 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bare_machine import MACHINE, gpu
 
 from segzero_rt.bundle import Bundle
 from segzero_rt.engines.record import EngineRecord, ProfileRecord
-from segzero_rt.preflight.gpu import Gpu
-from segzero_rt.preflight.machine import Machine
 from segzero_rt.preflight.memory_plan import MemoryPlan, kv_cache_bytes, plan_memory
 from segzero_rt.preflight.prediction import MODULES, Module, Work, predict, question_work
 from segzero_rt.preflight.report import plan_report, plan_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MACHINE = Machine(
-    architecture="x86_64",
-    model=None,
-    jetpack=None,
-    gpus=(),
-    gpu_problem=None,
-    driver=None,
-    cuda=None,
-    tensorrt={},
-    memory_bytes=8 << 30,
-    memory_available_bytes=4 << 30,
-    disk_free_bytes=1 << 30,
-)
 _ASK = """
 import sys
 import numpy as np
@@ -119,7 +105,7 @@ ENGINE = EngineRecord(
     gate={"status": "not_run"},
     build_seconds=1.0,
 )
-ADA = Gpu(name="Ada", capability="8.9", multiprocessors=1, memory_bytes=1 << 30, integrated=False)
+ADA = gpu("8.9")
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bare_machine import MACHINE, gpu
 
 from segzero_rt.bundle import Bundle, write_bundle
 from segzero_rt.commands.doctor import examine
 from segzero_rt.errors import EngineError, GraphError
 from segzero_rt.preflight import machine as machine_module
-from segzero_rt.preflight.gpu import Gpu
-from segzero_rt.preflight.machine import Machine
 from segzero_rt.preflight.report import plan_report, plan_rows
 from segzero_rt.preflight.type_needs import LEAST_CAPABILITY, TypeNeed, type_needs
 
@@ -23,23 +22,6 @@ onnx = pytest.importorskip("onnx", reason="graphs of these types are written wit
 
 SIDE, BLOCK = 64, 16
 DECODER, VISION = "policy/decoder.onnx", "policy/vision.onnx"
-BARE = Machine(
-    architecture="x86_64",
-    model=None,
-    jetpack=None,
-    gpus=(),
-    gpu_problem=None,
-    driver=None,
-    cuda=None,
-    tensorrt={},
-    memory_bytes=8 << 30,
-    memory_available_bytes=4 << 30,
-    disk_free_bytes=1 << 30,
-)
-
-
-def gpu(capability: str) -> Gpu:
-    return Gpu(name="GPU", capability=capability, multiprocessors=1, memory_bytes=1 << 30, integrated=False)
 
 
 def zeros(name: str, dtype: str, *shape: int) -> Any:
@@ -173,7 +155,7 @@ def test_what_a_device_lacks_is_said(
 ) -> None:
     bundle = with_types(tiny_bundle_path, tmp_path / "typed", {DECODER: dtype})
     problems: list[str] = []
-    here = dataclasses.replace(BARE, gpus=tuple(map(gpu, gpus)))
+    here = dataclasses.replace(MACHINE, gpus=tuple(map(gpu, gpus)))
     report = plan_report(bundle, here, problems, with_predictions=True, backend=backend)
     assert report is not None
     (row,) = report["number_types"]
