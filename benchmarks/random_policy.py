@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .measuring import check_files, run_and_exit
+
 SHARD_BYTES = 512 << 20
 POOL = 1 << 24
 """Random numbers that all weights are cut from: drawing billions would take longer than the export."""
+TOKENIZER_FILES = ("tokenizer.json", "generation_config.json")
+"""What a checkpoint's folder holds beside its weights and settings."""
 STD = 0.02
 """Of every matrix, as such models are initialised."""
 
@@ -83,14 +88,38 @@ SIZES = {
 
 
 def main() -> None:
-    """Writes one checkpoint."""
+    """Writes one checkpoint.
+
+    Raises:
+        OSError: no tokenizer, weights there already, or no room for these.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", choices=tuple(SIZES), default="qwen2.5-vl-3b")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--layers", type=int, help="fewer layers of the decoder and the tower, at full width")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    print(write_policy(SIZES[arguments.like], arguments.tokenizer, arguments.out, layers=arguments.layers))
+    size: Size = SIZES[arguments.like]
+    if arguments.layers is not None and not 1 <= arguments.layers <= size.layers:
+        parser.error(f"--layers: expected 1 to {size.layers} of {arguments.like}, got {arguments.layers}")
+    check_files(*(arguments.tokenizer / name for name in TOKENIZER_FILES))
+    _check_room(size, arguments.out, arguments.layers)
+    print(write_policy(size, arguments.tokenizer, arguments.out, layers=arguments.layers))
+
+
+def _check_room(size: Size, out: Path, layers: int | None) -> None:
+    """Other weights beside the new ones would be counted as theirs."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: expected a folder or nothing, found a file; take another")
+    if out.is_dir() and (found := sorted(out.glob("*.safetensors"))):
+        raise FileExistsError(f"{out}: expected a folder without weights, found {found[0].name}; take another")
+    needed = sum(2 * math.prod(shape) for _, shape in all_tensors(published(size, layers)))
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(
+            f"{out}: expected {needed / 1e9:.1f} GB of room, found {free / 1e9:.1f} GB; free some, or take fewer layers"
+        )
 
 
 def write_policy(size: Size, tokenizer: Path | None, out: Path, *, layers: int | None = None) -> int:
@@ -104,16 +133,16 @@ def write_policy(size: Size, tokenizer: Path | None, out: Path, *, layers: int |
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    config = _qwen3_configuration(size, layers) if size.family == "qwen3_vl" else configuration(size, layers)
+    config = published(size, layers)
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    for name in ("tokenizer.json", "generation_config.json"):
+    for name in TOKENIZER_FILES:
         if tokenizer is not None:
             shutil.copyfile(tokenizer / name, out / name)
     pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * STD).to(torch.bfloat16)
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}
     held = total = place = 0
-    for key, shape in [*(_qwen3_tensors if size.family == "qwen3_vl" else tensors)(config), ("", ())]:
+    for key, shape in [*all_tensors(config), ("", ())]:
         count = int(torch.tensor(shape).prod()) if shape else 0
         if shard and (not key or held + 2 * count > SHARD_BYTES):
             name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -129,6 +158,16 @@ def write_policy(size: Size, tokenizer: Path | None, out: Path, *, layers: int |
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return total
+
+
+def published(size: Size, layers: int | None = None) -> dict[str, Any]:
+    """config.json of the size's family."""
+    return (_qwen3_configuration if size.family == "qwen3_vl" else configuration)(size, layers)
+
+
+def all_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Keys and shapes of all weights that such a config.json asks for."""
+    return (_qwen3_tensors if config["model_type"] == "qwen3_vl" else tensors)(config)
 
 
 def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
@@ -274,4 +313,4 @@ def _cut(pool: Any, place: int, count: int) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main, "random_policy")
