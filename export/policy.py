@@ -194,9 +194,10 @@ def plan_policy(hf_folder: Path, out_dir: Path, *, max_length: int, **options: A
     folder = out_dir / "policy"
     folder.mkdir(parents=True, exist_ok=True)
     flavour, size_hw = options["flavour"], options["input_size_hw"]
-    PolicyGraphWriter(
+    graphs = PolicyGraphWriter(
         checkpoint, folder, precision, flavour=flavour, input_size_hw=size_hw, max_length=max_length
-    ).plan()
+    )
+    graphs.plan(check_room=not precision.codes)  # codes take less room than the floats that these graphs have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

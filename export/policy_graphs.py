@@ -110,11 +110,12 @@ class PolicyGraphWriter:
         data = [path.name for path in beside if path.stat().st_size]  # none where all weights are small
         return (*(f"{name}.onnx" for name in GRAPHS), *data, TABLE_FILE)
 
-    def plan(self, external: bool | None = None) -> None:
+    def plan(self, external: bool | None = None, *, check_room: bool = True) -> None:
         """Goes through all graphs without reading a weight.
 
         Args:
             external: keep weights in files of their own; by default where they are too many for one.
+            check_room: compare what they need with what is free.
 
         Raises:
             ExportError: a weight is missing, superfluous or of another shape, or the disk has not the room.
@@ -130,7 +131,7 @@ class PolicyGraphWriter:
         self._external = needed > EXTERNAL_FROM_BYTES if external is None else external
         missing = needed - sum(path.stat().st_size for path in self.folder.iterdir())
         free = shutil.disk_usage(self.folder).free
-        if missing > free:
+        if check_room and missing > free:
             raise DiskFullError(
                 f"expected {readable(missing)} of room in {self.folder.parent.parent} for the policy's graphs, got "
                 f"{readable(free)}; free some, or store fewer bits"

@@ -60,25 +60,32 @@ def workplace(out: Path, policy: Path | None) -> Iterator[Path]:
 @contextmanager
 def _owned(work: Path) -> Iterator[None]:
     """Makes the folder and holds the right to it, as far as the file system knows such rights."""
-    descriptor = _opened(work)
+    descriptor = _claimed(work)
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ExportError(
-                    f"expected to be alone at {work.parent}, but another export is writing the same bundle; wait for "
-                    "it to end, or choose another --out"
-                ) from error
-            except OSError:  # a network's file system without locks
-                break
-            if work.exists() and os.path.samestat(os.fstat(descriptor), work.stat()):
-                break
-            os.close(descriptor)  # another export ended meanwhile, and took the folder with it
-            descriptor = _opened(work)
         yield
     finally:
         os.close(descriptor)
+
+
+def _claimed(work: Path) -> int:
+    while True:
+        descriptor = _opened(work)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ExportError(
+                f"expected to be alone at {work.parent}, but another export is writing the same bundle; wait for "
+                "it to end, or choose another --out"
+            ) from error
+        except OSError:  # a network's file system without locks
+            return descriptor
+        try:
+            if os.path.samestat(os.fstat(descriptor), work.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # another export ended meanwhile, and took the folder with it
 
 
 def _opened(work: Path) -> int:

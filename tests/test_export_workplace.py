@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -121,6 +123,35 @@ def test_two_exports_to_one_bundle_do_not_mix(tmp_path: Path, large: bool) -> No
             pass
     with workplace(tmp_path / "bundle", PUBLISHED):
         pass
+
+
+def test_a_place_that_vanishes_while_it_is_claimed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another export may end, and take the folder with it, between opening the folder and locking it."""
+    lock, times = fcntl.flock, iter([True, False])
+
+    def late(descriptor: int, operation: int) -> None:
+        if next(times):
+            shutil.rmtree(tmp_path / ".bundle.export")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with workplace(tmp_path / "bundle", None) as work:
+        (work / "mine").write_text("1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with workplace(tmp_path / "bundle", None) as work:
+        (work / "mine").write_text("1")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
