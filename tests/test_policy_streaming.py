@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from export import weight_store
 from export.disk import DiskFullError
-from export.policy import export_policy
+from export.policy import export_policy, plan_policy
 from export.policy_checkpoint import PolicyCheckpoint
 from export.policy_graphs import PolicyGraphWriter, Precision
 from export.weight_store import FileStore
@@ -175,6 +176,29 @@ def test_a_full_disk_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskFullError, match=r"expected 0\.[1-9] MB of room .* got 0\.0 MB"):
         export_policy(policy_folders("grouped-heads"), tmp_path, input_size_hw=SIZE, max_length=600)
+
+
+@pytest.mark.parametrize(
+    ("storage", "refused"), [("float16", True), ("int8", False)], ids=["floats", "codes that take less"]
+)
+def test_room_is_looked_for_before_anything_else_is_exported(
+    policy_folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, refused: bool
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskFullError) if refused else nullcontext():
+        plan_policy(
+            policy_folders("grouped-heads"),
+            tmp_path,
+            max_length=600,
+            adapter=None,
+            input_size_hw=SIZE,
+            flavour="portable",
+            storage=storage,
+            computed="float32",
+            float32_products=(),
+            int4_method="rtn",
+        )
 
 
 def test_a_disk_that_fills_up_is_one_error_and_what_is_whole_stays(
