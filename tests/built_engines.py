@@ -22,10 +22,12 @@ def parsed(library: Library, path: Path, spec: GraphSpec) -> ParsedGraph:
     return graph
 
 
-def built_bytes(graph: ParsedGraph, spec: GraphSpec, lengths: Mapping[str, Any]) -> int:
+def built_bytes(
+    graph: ParsedGraph, spec: GraphSpec, lengths: Mapping[str, Any], options: BuildOptions | None = None
+) -> int:
     """Builds; the size of the engine, which must hold the names of all inputs and outputs."""
     profiles = make_profiles(spec, graph.declared_inputs(), lengths)
-    engine = graph.build(profiles, BuildOptions(), timing_cache=None, progress=lambda phase, share: None)
+    engine = graph.build(profiles, options or BuildOptions(), timing_cache=None, progress=lambda phase, share: None)
     for name in (*spec.input_names, *spec.output_names):
         found = re.search(re.escape(name.encode()), engine)  # without a copy: engines are large
         assert found, f"the engine does not hold the name {name}"

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from built_engines import built_bytes, layer_types, parsed
 
 from segzero_rt.bundle import EMBEDDED, Bundle
+from segzero_rt.engines.builder import BuildOptions
 from segzero_rt.engines.library import Library, find_library
 from segzero_rt.engines.profiles import ProfileLimits, axis_lengths
 from segzero_rt.positions import window_index
@@ -22,7 +24,9 @@ from benchmarks.random_policy import SIZES, write_policy
 from export.policy_checkpoint import PolicyCheckpoint
 from export.policy_decoder import build_decoder
 from export.policy_embedding import build_embedding, write_token_table
+from export.policy_graphs import PolicyGraphWriter, Precision
 from export.policy_vision import build_vision
+from export.qdq import Reach
 from segzero_rt.policy import policy_specs
 
 pytestmark = pytest.mark.slow
@@ -76,6 +80,17 @@ def at_width(name: str, folder: Path, *, layers: int, **changes: Any) -> PolicyC
     return PolicyCheckpoint(folder)
 
 
+def decoder_profiles(flavour: str) -> dict[str, Any]:
+    """Prefill and decode over a cache of up to `LENGTH` tokens."""
+    one = {"batch": (1, 1, 1), "rows": (1, 1, 1)}
+    profiles: dict[str, Any] = {"prefill": {**one, "new": (1, 1280, LENGTH)}, "decode": {**one, "new": (1, 1, 1)}}
+    if flavour == "portable":  # trt11's cache is as long as the file says
+        for profile in profiles.values():
+            profile |= {"capacity": (256, 1280, LENGTH)}
+            profile["capacity_and_new"] = tuple(map(sum, zip(profile["capacity"], profile["new"], strict=True)))
+    return profiles
+
+
 @pytest.mark.parametrize(("name", "flavour", "computed"), DECODERS)
 def test_layers_of_every_decoder_at_its_true_width(
     name: str, flavour: str, computed: str, library: Library, tmp_path: Path
@@ -91,16 +106,46 @@ def test_layers_of_every_decoder_at_its_true_width(
     found = layer_types(graph)
     assert {dtype for operator, dtype in found if operator in ("MatMul", "Gemm")} == {computed}
     assert {dtype for operator, dtype in found if operator in ("ReduceMean", "Sqrt", "RMSNormalization")} == {"float32"}
-    one = {"batch": (1, 1, 1), "rows": (1, 1, 1)}
-    profiles: dict[str, Any] = {"prefill": {**one, "new": (1, 1280, LENGTH)}, "decode": {**one, "new": (1, 1, 1)}}
-    if flavour == "portable":  # trt11's cache is as long as the file says
-        for profile in profiles.values():
-            profile |= {"capacity": (256, 1280, LENGTH)}
-            profile["capacity_and_new"] = tuple(map(sum, zip(profile["capacity"], profile["new"], strict=True)))
+    profiles = decoder_profiles(flavour)
     file_bytes = path.stat().st_size
     shutil.rmtree(tmp_path / "hf")  # pytest keeps folders, and these are large
     path.unlink()
     assert built_bytes(graph, builder.spec, profiles) > file_bytes * LEAST_OF_FILE[computed]
+
+
+@pytest.mark.parametrize(
+    ("codes", "rounded", "capability"),
+    [("int8", {"int8": 4}, ()), ("fp8", {"float8": 4}, ("8.9",)), ("nvfp4", {}, ("12.0",))],
+    ids=["int8", "fp8", "nvfp4"],
+)
+def test_a_layer_of_3b_in_explicit_codes(
+    codes: str, rounded: dict[str, int], capability: tuple[str, ...], library: Library, tmp_path: Path
+) -> None:
+    """Activations of the four places that products read have codes too, but in nvfp4; weights keep theirs."""
+    checkpoint = at_width("qwen2.5-vl-3b", tmp_path / "hf", layers=1, vision={"intermediate_size": 64})
+    widths = {"qkv": 2048, "o": 2048, "gate": 2048, "up": 2048, "down": 11008}
+    reach = {f"decoder/layers.0/{n}": Reach(np.ones(width, np.float32), 4.0) for n, width in widths.items()}
+    graphs = PolicyGraphWriter(
+        checkpoint,
+        tmp_path,
+        Precision(computed="float16", codes=codes),
+        flavour="portable",
+        input_size_hw=(840, 840),
+        max_length=LENGTH,
+        reach=reach if rounded else None,
+    )
+    graphs.plan()
+    graphs.write()
+    spec, path = graphs.builders["decoder"].spec, tmp_path / "decoder.onnx"
+    graph = parsed(library, path, spec)
+    found = graph.precisions()
+    assert {dtype: found.get(dtype) for dtype in rounded} == rounded
+    file_bytes = path.stat().st_size
+    numbers = 2048 * (2560 + 2048) + 3 * 2048 * 11008
+    assert file_bytes < 1.1 * numbers * (9 / 16 if codes == "nvfp4" else 1)
+    shutil.rmtree(tmp_path / "hf")
+    options = BuildOptions(compute_capabilities=capability)
+    assert 0.95 < built_bytes(graph, spec, decoder_profiles("portable"), options) / file_bytes < 1.4, "no floats"
 
 
 @pytest.mark.parametrize(("name", "computed"), TOWERS)
