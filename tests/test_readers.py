@@ -194,6 +194,9 @@ def cat(**changes: Any) -> list[dict[str, Any]]:
 
 
 IMAGE = {"id": 139, "height": 40, "width": 60}
+RUNS_PAST_MEMORY = {"counts": [10**18], "size": [10**9, 10**9]}
+RUNS_PAST_64_BITS = {"counts": [2**62, 2**62, 2**62, 2**62 + 2400], "size": [40, 60]}
+"""They add up to 40 x 60 in 64 bits."""
 BAD_TABLES: list[tuple[str, dict[str, Any], str]] = [
     ("no images", {"images": None}, "`images`"),
     ("no categories", {"categories": 5}, "`categories`"),
@@ -219,6 +222,10 @@ BAD_TABLES: list[tuple[str, dict[str, Any], str]] = [
     ("run lengths of text", {"annotations": cat(segmentation={"counts": ["x"], "size": [40, 60]})}, "12.*decode"),
     ("run lengths without size", {"annotations": cat(segmentation={"counts": [5]})}, "annotation 12.*`size`"),
     ("run lengths too short", {"annotations": cat(segmentation={"counts": [5], "size": [40, 60]})}, "12.*decode"),
+    ("run lengths beyond memory", {"annotations": cat(segmentation=RUNS_PAST_MEMORY)}, r"12.*\(40, 60\)"),
+    ("run lengths that overflow", {"annotations": cat(segmentation=RUNS_PAST_64_BITS)}, "12.*decode"),
+    ("picture beyond memory", {"images": [{**IMAGE, "file_name": "a.png", "height": 10**9}]}, r"images\[0\].*pixels"),
+    ("picture of no height", {"images": [{**IMAGE, "file_name": "a.png", "height": 0}]}, r"images\[0\].*pixels"),
     ("compressed nonsense", {"annotations": cat(segmentation={"counts": "é", "size": [40, 60]})}, "12.*decode"),
     ("picture twice", {"images": [{**IMAGE, "file_name": "a.png"}] * 2}, r"images\[1\].*139 stood earlier"),
     ("category twice", {"categories": [*coco_tables()["categories"], {"id": 17, "name": "dog"}]}, "17 stood earlier"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from segzero_rt.errors import DatasetError
-from segzero_rt.mask import decode_rle
+from segzero_rt.mask import MAX_RLE_PIXELS, decode_rle
 from segzero_rt.readers.source import (
     NAME_KIND,
     NONE_KIND,
@@ -50,6 +50,11 @@ class CocoInstances:
             source = f"{path}: images[{index}]"
             for name in ("id", "height", "width"):
                 required(entry, name, source, int)
+            if min(entry["height"], entry["width"]) < 1 or entry["height"] * entry["width"] > MAX_RLE_PIXELS:
+                raise DatasetError(
+                    f"{source}: expected a picture of 1 to {MAX_RLE_PIXELS} pixels, got `height` {entry['height']} and "
+                    f"`width` {entry['width']}"
+                )
             _refuse_again(entry["id"], self.images, source)
             self.images[entry["id"]] = {**entry, "file_name": _file_name(entry, source)}
         self.categories: dict[int, str] = {}
@@ -89,10 +94,7 @@ class CocoInstances:
             _check_polygons(segmentation, size_hw, source)
             coco_masks = optional_package("pycocotools.mask", "COCO's polygons")
             return decode_rle(coco_masks.merge(coco_masks.frPyObjects(segmentation, *size_hw)))
-        mask = _run_length_mask(segmentation, source)
-        if mask.shape != size_hw:
-            raise DatasetError(f"{source}: expected a mask of {size_hw} pixels, got {mask.shape}")
-        return mask
+        return _run_length_mask(segmentation, size_hw, source)
 
 
 class CocoReader:
@@ -170,18 +172,21 @@ def _file_name(entry: dict[str, Any], source: str) -> str:
     return str(required(entry, "file_name", source, str))
 
 
-def _run_length_mask(segmentation: dict[str, Any], source: str) -> Mask:
+def _run_length_mask(segmentation: dict[str, Any], size_hw: tuple[int, int], source: str) -> Mask:
     """Run lengths, compressed or as a list of numbers."""
+    size = required(segmentation, "size", source, list)
+    if tuple(size) != size_hw:  # before anything of that size is made
+        raise DatasetError(f"{source}: expected a mask of {size_hw} pixels, got {size!r:.60}")
     counts = segmentation.get("counts")
+    num_pixels = size_hw[0] * size_hw[1]
     try:
         if not isinstance(counts, list):
-            return decode_rle(segmentation)
-        height, width = required(segmentation, "size", source, list)
+            return decode_rle({**segmentation, "size": size_hw})
         runs = np.array(counts)
-        if runs.dtype.kind != "i" or (runs < 0).any() or int(runs.sum()) != height * width:
-            raise ValueError(f"the runs do not add up to {height} x {width} pixels")
+        if runs.dtype.kind != "i" or (runs < 0).any() or (runs > num_pixels).any() or int(runs.sum()) != num_pixels:
+            raise ValueError(f"the runs do not add up to {size_hw[0]} x {size_hw[1]} pixels")
         pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-        return np.ascontiguousarray(pixels.reshape((height, width), order="F"))
+        return np.ascontiguousarray(pixels.reshape(size_hw, order="F"))
     except (TypeError, ValueError) as error:
         raise DatasetError(f"{source}: `segmentation` does not decode: {error}") from error
 
