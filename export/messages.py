@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 from segzero_rt.commands.progress import Progress
 
@@ -43,8 +45,8 @@ class WrittenBytes:
 def quiet_libraries() -> Iterator[None]:
     """Keeps hints, deprecations and progress bars of PyTorch and transformers off stderr; their errors still come."""
     import torch  # noqa: F401 - sets the levels of its loggers when it is imported, over ours if it came later
-    from transformers.utils import logging as hub_logging
 
+    hub_logging: Any = import_module("transformers.utils.logging")  # typed in part alone
     loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     bars = hub_logging.is_progress_bar_enabled()
