@@ -73,6 +73,17 @@ def test_rows_of_another_choice_stay(tmp_path: Path, split: str, seed: int, kind
 
 
 @pytest.mark.parametrize(
+    "line",
+    [b"\0" * 40, b"{", b"[]", b"{}", b"5", b"\xff"],
+    ids=["nulls", "half", "a list", "no id", "a number", "bytes"],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / ROWS_NAME).write_bytes(b'{"row_id": "train-3-000000"}\n' + line + b"\n")
+    with pytest.raises(DatasetError, match=rf"{ROWS_NAME}:2: expected a rendered row.*remove that folder"):
+        build_tabletop_rows(tmp_path, split="train", seed=3, num_rows=2)
+
+
+@pytest.mark.parametrize(
     ("split", "kinds"),
     [
         pytest.param("train", ("name", "shape"), id="no such kind"),

@@ -15,7 +15,7 @@ from .policy_model import INPUT_SIDE
 from .question_scenes import SPLIT_QUERY_KINDS, schedule
 from .questions import QUERY_KINDS
 from .row_rendering import RowRenderer, row_id_of
-from .rows import IMAGES_NAME, ROWS_NAME
+from .rows import IMAGES_NAME, ROW_ID, ROWS_NAME
 from .worker_processes import in_order
 
 
@@ -30,7 +30,8 @@ def build_tabletop_rows(
         processes: that render side by side (`worker_processes.in_order`); they change nothing in what is written.
 
     Raises:
-        DatasetError: the folder holds rows of another split, seed or choice of kinds, or the split has no such kind.
+        DatasetError: the folder holds rows of another split, seed or choice of kinds, or a line that is no row, or the
+            split has no such kind.
         SegZeroError: a process was killed.
     """
     (folder / IMAGES_NAME).mkdir(parents=True, exist_ok=True)
@@ -78,4 +79,11 @@ def _complete_rows(path: Path) -> list[str]:
     if whole < len(text):
         with path.open("rb+") as file:
             file.truncate(whole)
-    return [json.loads(line)["row_id"] for line in text[:whole].splitlines()]
+    return [_row_id(line, f"{path}:{number}") for number, line in enumerate(text[:whole].splitlines(), start=1)]
+
+
+def _row_id(line: bytes, source: str) -> str:
+    try:
+        return str(json.loads(line)[ROW_ID])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DatasetError(f"{source}: expected a rendered row, got {error!r:.80}; remove that folder") from error
