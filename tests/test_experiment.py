@@ -64,7 +64,13 @@ def test_the_tabletop_experiment_follows_the_recipe() -> None:
     from training.grpo_presets import tabletop as recipe
 
     preset = tabletop()
-    assert preset.grpo == dataclasses.replace(recipe(), base_share=0.0), "what an arm forgets is to be seen"
+    own = {"policy", "rewards", "max_steps", "base_share", "num_runs"}
+    differing = {
+        f.name for f in dataclasses.fields(preset.grpo) if getattr(preset.grpo, f.name) != getattr(recipe(), f.name)
+    }
+    assert differing == own
+    assert preset.grpo.base_share == 0.0, "what an arm forgets is to be seen"
+    assert recipe().rewards.startswith(f"{preset.grpo.rewards}+"), "what rewards it has are the recipe's"
     assert recipe().learning_rate in preset.grpo_rates
     assert len(preset.seeds) >= 3 and preset.test_seed != 7, "the README's test questions stay unseen"
 

@@ -34,6 +34,15 @@ def test_weights_are_mixed_by_share(tmp_path: Path, share: float, expected: floa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shipped"], "nothing staged is left"
 
 
+def test_a_pickle_of_the_run_stays_behind(tmp_path: Path) -> None:
+    hf = write_checkpoint(tmp_path / "run/hf", weight=torch.ones(2))
+    for name in ("training_args.bin", "tokenizer.json"):
+        (hf / name).write_bytes(b"{}")
+    publish(tmp_path / "run", tmp_path / "shipped")
+    shipped = {path.name for path in (tmp_path / "shipped").iterdir()}
+    assert shipped == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
 @pytest.mark.parametrize(
     ("other", "share", "message"),
     [({"weight": torch.zeros(4)}, 0.5, "of one model"), ({"bias": torch.zeros(2)}, 0.5, "of one model"),

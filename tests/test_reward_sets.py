@@ -154,7 +154,8 @@ def test_options_change_the_preset() -> None:
     configure_grpo(parser)
     chosen = chosen_preset(parser.parse_args(["--reward-extras", "brevity:24,mask_iou"]))
     assert chosen.rewards == "tabletop+brevity:24+mask_iou"
-    assert chosen_preset(parser.parse_args([])).rewards == "tabletop"
+    assert chosen_preset(parser.parse_args([])).rewards == "tabletop+brevity:32:0.9"
+    assert chosen_preset(parser.parse_args(["--reward-extras", "none"])).rewards == "tabletop"
     precisions = (
         chosen_preset(parser.parse_args(["--precision", name])).precision for name in ("float32", "bf16_mixed")
     )

@@ -39,7 +39,7 @@ _TRAIN_EPILOG = """examples:
   segzero train pretrain --preset tabletop
   segzero train segmenter --preset tabletop
   segzero train prepare instances_train2017.json --images train2017 --out rows/coco
-  segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base
+  segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base_brief
   segzero train experiment --out runs/experiment
 
 `segzero train STAGE --help` tells what a stage writes."""
@@ -91,8 +91,9 @@ writes: DIR/run.json        the settings; a run goes on only with the same ones
         DIR/report.html     curves, and replies of the last evaluation with their pictures
         DIR/runs/           TensorBoard
         DIR/hf/             the best policy as transformers and `segzero export` read it
+        DIR/run-K/          with several runs: all of this but the questions, of each; hf/ is their weights' mean
 
-presets: tabletop            the shipped policy on two CPU cores
+presets: tabletop            the shipped policy on two CPU cores, in three runs
          seg_zero_3b, seg_zero_7b, vision_reasoner_7b
                              the papers' numbers, for eight GPUs
          debug               seconds: every code path, nothing learnt

@@ -45,13 +45,17 @@ def configure_grpo(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--learning-rate", type=float, metavar="X")
     changes.add_argument("--seed", type=int, metavar="K", help="of questions, their order and samples (0 to 2^32 - 1)")
     changes.add_argument(
+        "--runs", type=positive_integer, metavar="N",
+        help="runs with this seed and those after it, in DIR/run-1 and on; the mean of their weights is the policy",
+    )  # fmt: skip
+    changes.add_argument(
         "--base-share", type=float, metavar="X",
         help="share of the weights that training began with in those that it ends with: less is forgotten",
     )  # fmt: skip
     changes.add_argument(
         "--reward-extras", metavar="T,T",
-        help="terms added to the preset's rewards: brevity[:TOKENS[:MOST]], mask_iou[:BUNDLE], abstention, closeness, "
-        "empty_thinking",
+        help="terms beyond the preset's rewards, in the place of its own: brevity[:TOKENS[:MOST]], mask_iou[:BUNDLE], "
+        "abstention, closeness, empty_thinking; or none",
     )  # fmt: skip
 
 
@@ -61,8 +65,9 @@ def execute_grpo(arguments: argparse.Namespace) -> None:
     Raises:
         SegZeroError: options, rows or a policy that cannot be trained with; nothing has been trained then.
     """
-    from .grpo import GrpoRun, rows_of, train_grpo
+    from .grpo import GrpoRun, rows_of
     from .grpo_preflight import check_before_rows
+    from .grpo_runs import train_runs
     from .worker_processes import default_processes
 
     preset = chosen_preset(arguments)
@@ -76,7 +81,7 @@ def execute_grpo(arguments: argparse.Namespace) -> None:
     eval_rows = rows_of(
         preset, folder / "validation", "validation", preset.num_eval_rows, arguments.validation, processes=processes
     )
-    train_grpo(GrpoRun(preset=preset, out=arguments.out, policy=policy, rows=rows, eval_rows=eval_rows))
+    train_runs(GrpoRun(preset=preset, out=arguments.out, policy=policy, rows=rows, eval_rows=eval_rows))
 
 
 def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
@@ -97,6 +102,7 @@ def chosen_preset(arguments: argparse.Namespace) -> GrpoPreset:
         "max_steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
+        "num_runs": arguments.runs,
         "base_share": arguments.base_share,
         "freeze_vision": arguments.freeze_vision or None,
         "precision": None if arguments.precision is None else Precision(arguments.precision),

@@ -38,6 +38,8 @@ BREVITY_MOST = 0.5
 MASK_IOU = "mask_iou"
 _SHARE = re.compile(r"0?\.[0-9]{1,6}")
 _PLUS, _COLON = "+", ":"
+NO_EXTRAS = "none"
+"""Asks for a set without any term beyond it."""
 
 RowCheck = Callable[[TrainingRow], None]
 
@@ -164,12 +166,17 @@ def reward_set(name: str) -> RewardSet:
 
 
 def with_extras(name: str, extras: Sequence[str]) -> str:
-    """The name of a set with terms added, checked.
+    """The name of a set with these terms beyond it, in the place of those that it has; checked.
+
+    Args:
+        name: of a set, with terms added or without.
+        extras: terms, each with its setting if it has one; `none` alone for no term.
 
     Raises:
         SegZeroError: as `reward_set`.
     """
-    whole = _PLUS.join((name, *extras))
+    terms = () if tuple(extras) == (NO_EXTRAS,) else extras
+    whole = _PLUS.join((name.split(_PLUS)[0], *terms))
     reward_set(whole)
     return whole
 

@@ -1,6 +1,7 @@
 r"""Writes the checkpoint folders that ship with the repository: float16 weights, as the bundle stores them.
 
     python -m training.publish runs/pretrain training/checkpoints/tabletop/base
+    python -m training.publish runs/brief training/checkpoints/tabletop/base_brief
     python -m training.publish runs/grpo training/checkpoints/tabletop/policy
     python -m training.publish runs/segmenter training/checkpoints/tabletop/segmenter
     python -m training.publish runs/more training/checkpoints/tabletop/segmenter \
@@ -23,6 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 READOUTS_NAME = "readouts.safetensors"
+ARGUMENTS_NAME = "training_args.bin"
+"""A pickle that transformers leaves beside weights: of the run, and nothing to load from others."""
 
 
 def publish(run: Path, target: Path, *, mix_with: Path | None = None, mix_share: float = 0.0) -> None:
@@ -49,6 +52,8 @@ def publish(run: Path, target: Path, *, mix_with: Path | None = None, mix_share:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     for file in source.iterdir():
+        if file.name == ARGUMENTS_NAME:
+            continue
         if file.name in weights:
             save_file(_halved(weights[file.name]), staged / file.name, metadata={"format": "pt"})
         else:
