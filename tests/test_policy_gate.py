@@ -61,7 +61,7 @@ def last_of(weights: dict[str, torch.Tensor], ending: str) -> str:
         pytest.param(lambda f: (f / "config.json").unlink(), "config.json", id="no-config"),
         pytest.param(lambda f: (f / "config.json").write_text("{"), "JSON", id="broken-config"),
         pytest.param(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "llama", id="other-family"),
-        pytest.param(lambda f: (f / "model.safetensors").unlink(), "neither", id="no-weights"),
+        pytest.param(lambda f: (f / "model.safetensors").unlink(), r"got no \*\.safetensors there", id="no-weights"),
         pytest.param(lambda f: (f / "model.safetensors").write_bytes(b"\x08" * 50), "safetensors", id="rubbish"),
         pytest.param(lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json", id="no-tokenizer"),
         pytest.param(edit_config(num_hidden_layers=5), "layers.2", id="more-layers-than-weights"),
