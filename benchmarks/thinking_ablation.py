@@ -60,6 +60,11 @@ class SceneObject:
         return f"in the {self.where}" if self.where.startswith("cent") else f"at the {self.where}"
 
     @property
+    def bare_place(self) -> str:
+        """Without it: "upper left", "centre"."""
+        return self.place.split(" the ", 1)[-1]
+
+    @property
     def phrase(self) -> str:
         """As in "a red mug"."""
         return f"{article(self.name)} {self.name}"
@@ -232,9 +237,11 @@ def swap_last_object(thinking: str, scene: Sequence[SceneObject], other: SceneOb
         word = head[-len(old_article) : -1]
         new = article(other.name)
         head = head[: -len(old_article)] + (new.capitalize() if word[0].isupper() else new) + " "
-    for place in sorted({one.place for one in scene}, key=len, reverse=True):
+    # A brief thinking has places without their prepositions: "a red mug left."
+    places = {one.bare_place: other.bare_place for one in scene} | {one.place: other.place for one in scene}
+    for place in sorted(places, key=len, reverse=True):
         if place in tail:
-            tail = tail.replace(place, other.place, 1)
+            tail = tail.replace(place, places[place], 1)
             break
     return head + other.name + tail
 

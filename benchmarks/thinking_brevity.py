@@ -25,9 +25,8 @@ from segzero_rt.pipeline import SegZero
 from .measuring import RESULTS, run_and_exit, write_result
 from .thinking_ablation import BundleSubject, Subject, forced_start, giou_by_kind, told
 
-_PLACE = re.compile(
-    r" (?:at the (?:upper left|upper right|lower left|lower right|left|right|top|bottom)|in the centre)"
-)
+_PLACE = re.compile(r" (?:(?:at|in) the )?(?:(?:upper|lower) (?:left|right)|left|right|top|bottom|centre)(?=[.,]|$)")
+"""As the last words on a thing; what is "left of" another stays."""
 _PREPOSITION = re.compile(r" (?:at the (?=upper|lower|left|right|top|bottom)|in the (?=centre))")
 _OPENING = re.compile(r"^There (?:is|are) (?:an? )?")
 _MARKS = re.compile(r"\w+|[^\w\s]")

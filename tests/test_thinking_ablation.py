@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_without_scene_objects_nothing_is_swapped() -> None:
     assert result["swapped"]["num_samples"] == 0 and result["swapped"]["follows"] is None
 
 
+@pytest.mark.parametrize("where", ["left", "at the left"])
+def test_a_place_is_swapped_as_it_is_written(where: str) -> None:
+    mug = dataclasses.replace(MUG, where=where)
+    fork = dataclasses.replace(FORK, where="at the upper right")
+    assert swap_last_object("a red mug left.", (mug, fork), fork) == "a silver fork upper right."
+    assert swap_last_object("A red mug at the left.", (mug, fork), fork) == "A silver fork at the upper right."
+
+
 @pytest.mark.parametrize(
     ("thinking", "other", "expected"),
     [
@@ -114,13 +123,27 @@ def test_without_scene_objects_nothing_is_swapped() -> None:
             FORK,
             "The red mug is at the left. Right of it is a silver fork at the upper right.",
         ),
+        ("a red mug left.", PLATE, "an orange plate centre."),
+        ("orange plate centre. a red mug left.", FORK, "orange plate centre. a silver fork upper right."),
         ("I see the red mug.", FORK, "I see the silver fork."),
         ("red mug", FORK, "silver fork"),
         ("There is a red mug at the left.", MUG, None),
         ("There is something.", MUG, None),
         ("", MUG, None),
     ],
-    ids=["article a", "article an", "capital", "last of two", "no place", "bare", "same object", "no object", "empty"],
+    ids=[
+        "article a",
+        "article an",
+        "capital",
+        "last of two",
+        "brief",
+        "brief, last of two",
+        "no place",
+        "bare",
+        "same object",
+        "no object",
+        "empty",
+    ],
 )
 def test_swaps_name_article_and_place(thinking: str, other: SceneObject, expected: str | None) -> None:
     assert swap_last_object(thinking, SCENE, other) == expected

@@ -1,6 +1,6 @@
 """GRPO on TRL's trainer: outcome rewards only, no supervised reasoning.
 
-    segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base --out runs/grpo
+    segzero train grpo --preset tabletop --policy training/checkpoints/tabletop/base_brief --out runs/grpo
     accelerate launch --config_file training/accelerate/fsdp.yaml -m training.grpo --preset seg_zero_3b --data rows …
 
 Where the `seg_zero_*` and `vision_reasoner_7b` presets depart from the authors' training (EasyR1, a fork of verl):

@@ -2,7 +2,7 @@ r"""Box gIoU of policy folders on any split, by kind of question; with a base, a
 
     python -m training.experiments.evaluate runs/grpo/hf --split validation --questions 200
     python -m training.experiments.evaluate runs/a/hf runs/b/hf --split ood_function \
-        --base training/checkpoints/tabletop/base --json
+        --base training/checkpoints/tabletop/base_brief --json
 
 Policies answer greedily, in PyTorch and float32, all the same questions. Choose by `validation`; `test` and the `ood_*`
 splits are for what has been chosen. The test questions of the README, seed 7, are those of `segzero scenes`.

@@ -1,6 +1,6 @@
 """What a policy has forgotten: short visual questions, and things asked for by name, attribute or relation.
 
-    python -m training.experiments.retention training/checkpoints/tabletop/base runs/grpo/hf
+    python -m training.experiments.retention training/checkpoints/tabletop/base_brief runs/grpo/hf
 
 Each picture is asked about in eight ways: its colours, counts, presence, places and regions in plain words (right or
 wrong, word for word), and one thing by name, by attribute and by relation (box gIoU). No training of an answer with
