@@ -21,6 +21,7 @@ from segzero_rt.errors import ExportError
 from segzero_rt.manifest import POLICY_FAMILIES
 
 from .lazy_weight import Floats, Weight
+from .picture_settings import with_picture_settings
 from .policy_adapter import PolicyAdapter
 from .policy_sizes import read_sizes
 from .tensor_files import refuse_quantized, tensor_shapes
@@ -81,7 +82,7 @@ class PolicyCheckpoint:
             )
         refuse_quantized(folder, self.config)
         try:
-            self.vision, self.text = read_sizes(self.family, self.config)
+            vision, self.text = read_sizes(self.family, self.config)
             self.image_token_id = int(self.config["image_token_id"])
         except ExportError:
             raise
@@ -90,6 +91,7 @@ class PolicyCheckpoint:
                 f"expected the settings of {self.family} in {folder / 'config.json'}, got none or a wrong one: "
                 f"{type(error).__name__} {error}"
             ) from error
+        self.vision = with_picture_settings(folder, vision)
         self._files = _weight_files(folder)
         self._asked_for: set[str] = set()
         self._adapter = PolicyAdapter(adapter, _current_key) if adapter is not None else None
