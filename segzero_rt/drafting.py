@@ -3,8 +3,8 @@
 A token costs a run over all weights, and a run over six tokens reads the weights once as well. So the loop
 (`decoding.py`) hands the decoder a few guesses along with the last token; those that it would have said itself are
 taken, and the first that it would not have said is replaced by its own. A guess decides how fast a reply comes, not
-what it says, as far as a run of one token computes what a run of several does: sums in another order may turn a choice
-between two tokens that are all but equally likely, in 8 bits more often than in 16.
+what it says, as far as a run of one token computes what a run of several does: where the two
+round otherwise, the likelier of two tokens that are all but equally likely may be the other one.
 
 Guesses come from two places, neither of which is trained:
 1. what usually follows the last tokens, counted over replies of the answer format, made up when the drafter is made

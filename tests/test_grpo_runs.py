@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("trl")
+torch = pytest.importorskip("torch", reason="needs segzero-rt[train]")
+pytest.importorskip("trl", reason="needs segzero-rt[train]")
 
 from grpo_runs import make_run  # noqa: E402
 

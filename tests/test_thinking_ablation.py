@@ -242,6 +242,22 @@ def test_rules_leave_out_what_they_say(rule: str, expected: str) -> None:
     assert RULES[rule]("") == ""
 
 
+@pytest.mark.parametrize(
+    ("thinking", "left"),
+    [
+        ("There is a red mug at the left.", "There is a red mug."),
+        ("a red mug upper left.", "a red mug."),
+        ("2 mugs: a red mug left, a white mug centre.", "2 mugs: a red mug, a white mug."),
+        ("a red mug left of the plate.", "a red mug left of the plate."),
+        ("There is no spoon.", "There is no spoon."),
+        ("", ""),
+    ],
+    ids=["in full", "brief", "several", "a relation", "no place", "empty"],
+)
+def test_places_are_left_out_however_they_are_written(thinking: str, left: str) -> None:
+    assert RULES["without places"](thinking) == left
+
+
 def test_what_a_shorter_thinking_costs_is_measured() -> None:
     """A policy that answers what it names with its place needs the places and can do without the opening words."""
 
