@@ -266,7 +266,8 @@ def _python_version(root: Path) -> str:
 
 def _write_processor(root: Path) -> None:
     (root / "proc").mkdir()
-    (root / "proc/cpuinfo").write_text(processor_info(len(os.sched_getaffinity(0))), "ascii")
+    # All that /sys lists, not those that this process may use: ONNX Runtime matches both by number.
+    (root / "proc/cpuinfo").write_text(processor_info(os.cpu_count() or 1), "ascii")
 
 
 def _write_programs(folder: Path, version: str) -> None:
