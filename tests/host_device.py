@@ -34,14 +34,18 @@ class HostAllocation:
         self.begin = begin + -begin % 256  # as CUDA aligns
         self.num_bytes = num_bytes
         ctypes.memset(self.begin, FRESH, num_bytes)
+        first, end = self.memory.ctypes.data, self.begin + num_bytes
+        last = first + self.memory.nbytes
+        self._guards = tuple((at, bytes([GUARD]) * size) for at, size in ((first, self.begin - first), (end, last - end)))
 
     def __int__(self) -> int:
         return self.begin
 
     def check(self) -> None:
-        first = self.begin - self.memory.ctypes.data
-        for guard in (self.memory[:first], self.memory[first + self.num_bytes :]):
-            assert (guard == GUARD).all(), f"something was written beside {self.num_bytes} bytes of device memory"
+        # Some million times in a run of the tests: plain bytes are compared in a tenth of NumPy's time.
+        for at, guard in self._guards:
+            intact = ctypes.string_at(at, len(guard)) == guard
+            assert intact, f"something was written beside {self.num_bytes} bytes of device memory"
 
 
 class PageLocked(np.ndarray):
