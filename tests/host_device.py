@@ -36,7 +36,9 @@ class HostAllocation:
         ctypes.memset(self.begin, FRESH, num_bytes)
         first, end = self.memory.ctypes.data, self.begin + num_bytes
         last = first + self.memory.nbytes
-        self._guards = tuple((at, bytes([GUARD]) * size) for at, size in ((first, self.begin - first), (end, last - end)))
+        self._guards = tuple(
+            (at, bytes([GUARD]) * size) for at, size in ((first, self.begin - first), (end, last - end))
+        )
 
     def __int__(self) -> int:
         return self.begin
