@@ -45,21 +45,21 @@ Layer = tuple[str, Weight, Weight]
 """Name, weight (of a linear layer [out, in], as PyTorch keeps it) and bias."""
 
 
-def mlp(builder: GraphBuilder, x: str, norm: Layer, layers: Sequence[Layer], epsilon: float, *, in_floats: bool) -> str:
+def mlp(builder: GraphBuilder, x: str, norm: Layer, layers: Sequence[Layer], epsilon: float, operator: str) -> str:
     """Adds `x + second(gelu(first(norm(x))))` as one operator, by rows.
 
     Args:
-        in_floats: weights stored as floats, whatever the storage.
+        operator: "Int8Mlp", or with weights that are stored as floats "Mlp" or "SplitMlp".
     """
     name, scale, shift = norm
     inputs = [x, builder.weight(f"{name}.weight", scale), builder.weight(f"{name}.bias", shift)]
     for name, weight, bias in layers:
-        if in_floats:
-            inputs.append(builder.weight(f"{name}.weight", weight.array().T))
-        else:
+        if operator == "Int8Mlp":
             inputs.extend(builder.int8_weight(name, weight))
+        else:
+            inputs.append(builder.weight(f"{name}.weight", weight.array().T))
         inputs.append(builder.weight(f"{name}.bias", bias))
-    return builder.operator("Mlp" if in_floats else "Int8Mlp", inputs, epsilon=epsilon)
+    return builder.operator(operator, inputs, epsilon=epsilon)
 
 
 def gated_mlp(builder: GraphBuilder, x: str, norm: tuple[str, Weight], layers: Sequence[Layer], epsilon: float) -> str:
@@ -110,18 +110,22 @@ _ROOT_MEAN_SQUARE_NORM: tuple[_Node, ...] = (
 )
 _SUM: _Node = ("", "Add", "x added", "y", {})
 _GELU: _Node = (MICROSOFT, "Gelu", "wide", "hidden", {})
-_FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[_Node, ...]]] = {
-    "Mlp": (
-        ("x", "norm_scale", "norm_bias", "weight1", "bias1", "weight2", "bias2"),
-        ("epsilon",),
-        (
-            _NORM,
-            ("", "Gemm", "normed weight1 bias1", "wide", {}),
-            _GELU,
-            ("", "Gemm", "hidden weight2 bias2", "added", {}),
-            _SUM,
-        ),
+_Function = tuple[tuple[str, ...], tuple[str, ...], tuple[_Node, ...]]
+"""Inputs, attributes, nodes."""
+_FLOAT_MLP: _Function = (
+    ("x", "norm_scale", "norm_bias", "weight1", "bias1", "weight2", "bias2"),
+    ("epsilon",),
+    (
+        _NORM,
+        ("", "Gemm", "normed weight1 bias1", "wide", {}),
+        _GELU,
+        ("", "Gemm", "hidden weight2 bias2", "added", {}),
+        _SUM,
     ),
+)
+_FUNCTIONS: dict[str, _Function] = {
+    "Mlp": _FLOAT_MLP,
+    "SplitMlp": _FLOAT_MLP,
     "Int8Mlp": (
         ("x", "norm_scale", "norm_bias", "weight1", "scale1", "bias1", "weight2", "scale2", "bias2"),
         ("epsilon",),
@@ -153,6 +157,8 @@ _FUNCTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[_Node, ...]]
             _SUM,
         ),
     ),
+    "SplitLinear": (("x", "weight", "bias"), (), (("", "Gemm", "x weight bias", "y", {}),)),
+    "SplitProduct": (("x", "weight"), (), (("", "MatMul", "x weight", "y", {}),)),
     "Attention": (
         ("query", "key", "value"),
         ("num_heads", "scale"),

@@ -73,7 +73,7 @@ def build_image_encoder(model: Sam2Model, spec: GraphSpec, *, flavour: str, stor
     Raises:
         ExportError: a stage's size cannot be pooled evenly.
     """
-    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort")
+    builder = GraphBuilder(spec, storage=storage, fused=flavour == "ort", split_products=True)
     backbone = model.vision_encoder.backbone
     stages = _repvit(builder, backbone) if isinstance(backbone, RepVit) else _hiera(builder, model)
     with builder.scope("pyramid"):
@@ -235,15 +235,24 @@ class _Block:
         mixed = builder.linear(mixed, "proj", weight, bias + widened_bias, flat=True)
         residual = builder.node("Add", [residual, mixed])
         after = self._after(tokens, groups)
-        if builder.by_operators(block.dim_out, block.mlp.proj_in.out_features):
-            return replace(after, name=self._mlp(residual), width=block.dim_out)
+        if operator := self._mlp_operator():
+            return replace(after, name=self._mlp(residual, operator), width=block.dim_out)
         hidden = _norm(builder, residual, "norm2", block.layer_norm2)
         hidden = builder.gelu(builder.linear(hidden, "fc1", *_linear(block.mlp.proj_in), flat=True))
         narrow = int(block.dim_out) < INT8_FROM_WIDTH
         hidden = builder.linear(hidden, "fc2", *_linear(block.mlp.proj_out), flat=True, in_floats=narrow)
         return replace(after, name=builder.node("Add", [residual, hidden]), width=block.dim_out)
 
-    def _mlp(self, residual: str) -> str:
+    def _mlp_operator(self) -> str:
+        """That norm, hidden layer and sum are together; "" where they are not."""
+        sides = (int(self._block.dim_out), int(self._block.mlp.proj_in.out_features))
+        if self._builder.by_split_products(*sides):
+            return "SplitMlp"
+        if not self._builder.by_operators(*sides):
+            return ""
+        return "Mlp" if sides[0] < INT8_FROM_WIDTH else "Int8Mlp"
+
+    def _mlp(self, residual: str, operator: str) -> str:
         norm, layers = self._block.layer_norm2, self._block.mlp
         parts: list[Layer] = [
             (name, Weight.of(weight), Weight.of(bias))
@@ -253,8 +262,7 @@ class _Block:
                 ("fc2", *_linear(layers.proj_out)),
             )
         ]
-        narrow = int(self._block.dim_out) < INT8_FROM_WIDTH
-        return mlp(self._builder, residual, parts[0], parts[1:], norm.eps, in_floats=narrow)
+        return mlp(self._builder, residual, parts[0], parts[1:], norm.eps, operator)
 
     def _attend(self, normed: str, slots: int) -> tuple[str, int]:
         """Rows in windows of `slots`, [batch * windows * slots, C], to mixed rows, pooled, before the projection.
@@ -342,7 +350,7 @@ class _Block:
         key, value = (
             plain
             if folded
-            else builder.reshape(builder.linear(normed, part, weights[i]), [-1, slots, weights.shape[1]])
+            else builder.reshape(builder.linear(normed, part, weights[i], flat=True), [-1, slots, weights.shape[1]])
             for i, part, folded in ((1, "key", folds.keys), (2, "value", folds.values))
         )
         return key, value

@@ -16,6 +16,8 @@ from bare_machine import MACHINE, gpu
 
 from segzero_rt.bundle import Bundle
 from segzero_rt.engines.record import EngineRecord, ProfileRecord
+from segzero_rt.operators.library import Operators
+from segzero_rt.preflight import memory_plan
 from segzero_rt.preflight.memory_plan import MemoryPlan, kv_cache_bytes, plan_memory
 from segzero_rt.preflight.prediction import MODULES, Module, Work, predict, question_work
 from segzero_rt.preflight.report import plan_report, plan_rows
@@ -75,6 +77,20 @@ def test_parts_add_up_and_follow_their_causes(bundle_path: Path) -> None:
     )
     assert plan_memory(longer).kv_cache_bytes == 2 * by_hand
     assert plan_memory(longer).run_bytes - plan.run_bytes == by_hand
+
+
+def test_operators_that_split_products_keep_their_weights_beside(
+    tiny_bundle_path: Path, portable_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(path: Path, library: Path | None) -> int:
+        chosen = Operators(name="chosen", detail="for the test", path=library)
+        monkeypatch.setattr(memory_plan, "resolve_operators", lambda: chosen)
+        return plan_memory(Bundle.open(path)).segmenter_weights_bytes
+
+    compiled = Path("operators.so")
+    floats = planned(tiny_bundle_path, None)
+    assert 1.3 * floats < planned(tiny_bundle_path, compiled) < 2 * floats, "the mask decoder has none"
+    assert planned(portable_bundle_path, compiled) == planned(portable_bundle_path, None)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,72 @@ def test_compiled_hidden_layers_are_nearer_to_their_definition_than_a_rounding(
     np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
 
 
+SPLIT_ROUNDING = 2.0**-15
+"""Of a product of two numbers that are both taken as the sum of two bfloat16: less than that of it."""
+SPLITS = [
+    ("one row", 1, 16, 16),
+    ("a row short of two tiles", 31, 48, 80),
+    ("two tiles", 32, 64, 32),
+    ("a row more", 33, 96, 48),
+    ("a row short of a block", 127, 144, 64),
+    ("blocks and a row", 257, 32, 144),
+    ("deep", 5, 4096, 16),
+    ("no rows", 0, 32, 64),
+]
+
+
+@NEEDS_OPERATORS
+@pytest.mark.parametrize("biased", [False, True], ids=["product", "linear"])
+@pytest.mark.parametrize(("name", "rows", "depth", "columns"), SPLITS, ids=[name for name, *_ in SPLITS])
+def test_split_products_keep_twice_the_digits_of_bfloat16(
+    name: str, rows: int, depth: int, columns: int, biased: bool
+) -> None:
+    weights = {"weight": noise(1, depth, columns) / math.sqrt(depth)}
+    weights |= {"bias": noise(2, columns)} if biased else {}
+    model = model_of("SplitLinear" if biased else "SplitProduct", weights, {"x": ["rows", depth]})
+    # numbers of all sizes, so that what is small beside others in its row is not lost
+    x = noise(0, rows, depth) * np.exp(noise(3, rows, depth))
+    want = x.astype(np.float64) @ weights["weight"] + weights.get("bias", 0.0)
+    ours = run(model, {"x": x}, compiled=True)
+    assert ours.shape == want.shape
+    # each of the summed products by itself, so that none is allowed more since another is large
+    allowed = SPLIT_ROUNDING * (np.abs(x).astype(np.float64) @ np.abs(weights["weight"])) + 1e-6 * np.abs(want)
+    assert (np.abs(ours - want) <= allowed).all()
+    np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
+    if want.size:
+        np.testing.assert_allclose(run(model, {"x": x}, compiled=False), want, atol=1e-5 * np.abs(want).max())
+
+
+@NEEDS_OPERATORS
+@pytest.mark.parametrize(("name", "rows", "width", "hidden"), MLPS, ids=[name for name, *_ in MLPS])
+def test_split_hidden_layers_are_as_near_as_split_products(name: str, rows: int, width: int, hidden: int) -> None:
+    weights = mlp_weights(width, hidden, int8=False)
+    model = model_of("SplitMlp", weights, {"x": ["rows", width]}, epsilon=1e-6)
+    x = 3 * noise(0, rows, width)
+    want = mlp_by_definition(x, weights, 1e-6)
+    ours = run(model, {"x": x}, compiled=True)
+    assert ours.shape == want.shape
+    if rows:
+        added = np.linalg.norm(want - x)
+        assert np.linalg.norm(ours - want) < SPLIT_ROUNDING / 2 * added
+        assert np.linalg.norm(run(model, {"x": x}, compiled=False) - want) < SPLIT_ROUNDING / 2 * added
+    np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
+
+
+@NEEDS_OPERATORS
+def test_the_split_activation_holds_over_floats_whole_range() -> None:
+    width = 16
+    identity = {"norm_scale": np.zeros(width, np.float32), "norm_bias": np.zeros(width, np.float32)}
+    steps = np.concatenate([np.linspace(-40, 40, 4001), [-1e30, -1e5, -1e-30, 0, 1e-30, 1e5, 1e30]]).astype(np.float32)
+    for values in np.array_split(np.pad(steps, (0, -len(steps) % width)), -(-len(steps) // width)):
+        layers = {"weight1": np.zeros((width, width), np.float32), "bias1": values}
+        layers |= {"weight2": np.eye(width, dtype=np.float32), "bias2": np.zeros(width, np.float32)}
+        model = model_of("SplitMlp", identity | layers, {"x": ["rows", width]}, epsilon=1e-6)
+        ours = run(model, {"x": np.zeros((1, width), np.float32)}, compiled=True)[0]
+        want = [value * (1 + math.erf(value / math.sqrt(2))) / 2 for value in values.astype(float)]
+        np.testing.assert_allclose(ours, want, rtol=SPLIT_ROUNDING, atol=1e-6)
+
+
 def gated_weights(width: int, hidden: int) -> dict[str, Any]:
     weights: dict[str, Any] = {"norm_scale": 1 + 0.1 * noise(1, width)}
     for seed, (layer, rows, columns) in enumerate(
@@ -267,15 +333,17 @@ REFUSED = [
     ),
     ("a bias of another length", mlp_weights(32, 64, int8=False) | {"bias1": noise(0, 32)}, 32, "vector"),
 ]
+FLOAT_MLPS = ("Mlp", "SplitMlp")
 
 
 @NEEDS_OPERATORS
+@pytest.mark.parametrize("operator", FLOAT_MLPS)
 @pytest.mark.parametrize(("name", "weights", "width", "says"), REFUSED, ids=[name for name, *_ in REFUSED])
 def test_layers_that_the_kernels_cannot_take_are_refused_when_a_graph_is_loaded(
-    tmp_path: Path, name: str, weights: dict[str, Any], width: int, says: str
+    tmp_path: Path, name: str, weights: dict[str, Any], width: int, says: str, operator: str
 ) -> None:
     path = tmp_path / "graph.onnx"
-    path.write_bytes(model_of("Mlp", weights, {"x": ["rows", width]}, epsilon=1e-6))
+    path.write_bytes(model_of(operator, weights, {"x": ["rows", width]}, epsilon=1e-6))
     x = TensorSpec(name="x", dtype="float32", shape=("rows", width))
     y = TensorSpec(name="y", dtype="float32", shape=("rows", width))
     with pytest.raises(GraphError, match=says):

@@ -27,7 +27,7 @@ from segzero_rt.onnx_summary import computed_types, read_summary
 from segzero_rt.operators.library import resolve_operators
 from segzero_rt.preflight.memory_plan import kv_cache_bytes
 
-_PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
+_PRODUCTS = frozenset({"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "SplitLinear", "SplitProduct"})
 _INT8_PRODUCTS = frozenset(
     {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulNBits"}
 )
@@ -37,7 +37,7 @@ _INT8_CONVOLUTIONS = frozenset({"ConvInteger", "QLinearConv"})
 _ATTENTIONS = frozenset({"MultiHeadAttention", "Attention", "HeadAttention"})
 """Without a mask, over [batch, rows, width]; the latter two are compiled operators."""
 _CACHED_ATTENTION = "GroupQueryAttention"
-_COMPILED_LAYERS = frozenset({"Mlp", "Int8Mlp", "Int8GatedMlp"})
+_COMPILED_LAYERS = frozenset({"Mlp", "SplitMlp", "Int8Mlp", "Int8GatedMlp"})
 _BY_ROWS = 3
 """Axes of the attention that compiled operators take: ONNX's own `Attention` has four."""
 _HALVES = ("float16", "bfloat16")

@@ -126,17 +126,20 @@ inline void multiply_rows(const Bfloat16* left, size_t depths, const Bfloat16* r
     }
 }
 
+// Where a number of a weight [depth, columns] stands among packed tiles, of which every `every`-th is one of them.
+constexpr size_t packed_place(size_t row, size_t column, size_t depths, size_t every = 1) {
+    const size_t tile = column / kSide * every * depths + row / kDepth;
+    return tile * kTile + row % kDepth / 2 * 2 * kSide + column % kSide * 2 + row % 2;
+}
+
 // Columns of a weight [depth, columns] to packed tiles, of which every `every`-th is one of them; whole numbers of 8 bits
 // are exact in bfloat16.
 template <typename T>
 inline void pack_weight(const T* weight, size_t depth, size_t columns, Bfloat16* to, size_t every = 1) {
     const size_t depths = up(depth, kDepth);
     for (size_t row = 0; row < depth; ++row)
-        for (size_t column = 0; column < columns; ++column) {
-            const size_t tile = column / kSide * every * depths + row / kDepth;
-            const size_t place = row % kDepth / 2 * 2 * kSide + column % kSide * 2 + row % 2;
-            to[tile * kTile + place] = rounded(static_cast<float>(weight[row * columns + column]));
-        }
+        for (size_t column = 0; column < columns; ++column)
+            to[packed_place(row, column, depths, every)] = rounded(static_cast<float>(weight[row * columns + column]));
 }
 
 // 2^x to 8e-5 of it: a cubic for what is behind the point.

@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "mlp.hpp"
 #include "ort_abi.hpp"
+#include "split_linear.hpp"
 
 namespace segzero {
 namespace {
@@ -68,6 +69,13 @@ const Value* input_of(const Context* context, size_t index) {
     return value;
 }
 
+// Of [rows, width].
+size_t rows_of(const Value* x, size_t width) {
+    const std::vector<int64_t> sides = sides_of(x);
+    expect(sides.size() == 2 && sides[1] == static_cast<int64_t>(width), "expected rows of the layer's width");
+    return sides[0];
+}
+
 float* output_of(Context* context, const std::vector<int64_t>& sides) {
     Value* value = nullptr;
     check(api->output(context, 0, sides.data(), sides.size(), &value));
@@ -97,6 +105,11 @@ void for_each(const Context* context, size_t units, Call call) {
     check(api->parallel_for(context, plain, units, &call));
 }
 
+void expect_tiles(const std::vector<int64_t>& sides) {
+    expect(sides.size() == 2 && sides[0] > 0 && sides[0] % kSide == 0 && sides[1] % kSide == 0,
+           "expected a weight with two sides that 16 divides");
+}
+
 // Reads a layer from inputs `index` on, which is moved behind them: weight [depth, columns], scale (int8 alone), bias.
 // Of `every` such layers of one size, side by side in turns of 16 columns, it is number `place`.
 template <typename T>
@@ -104,8 +117,7 @@ void read_linear(const Info* info, size_t& index, Linear& linear, size_t every =
     constexpr bool kScaled = sizeof(T) == 1;
     const Value* value = constant_of(info, index++);
     const std::vector<int64_t> sides = sides_of(value);
-    expect(sides.size() == 2 && sides[0] > 0 && sides[0] % kSide == 0 && sides[1] % kSide == 0,
-           "expected a weight with two sides that 16 divides");
+    expect_tiles(sides);
     const size_t depth = sides[0], columns = sides[1];
     expect(place == 0 || (depth == linear.depth && columns * every == linear.columns), "expected layers that fit");
     linear.depth = depth;
@@ -155,12 +167,9 @@ struct MlpKernel {
 
     void compute(Context* context) const {
         const Value* x = input_of(context, 0);
-        const std::vector<int64_t> sides = sides_of(x);
-        const bool fits = sides.size() == 2 && sides[1] == static_cast<int64_t>(mlp.norm.width);
-        expect(fits, "expected rows of the layer's width");
-        const size_t rows = sides[0];
+        const size_t rows = rows_of(x, mlp.norm.width);
         const float* from = data_of<float>(x);
-        float* to = output_of(context, sides);
+        float* to = output_of(context, sides_of(x));
         if (rows > 0) for_each(context, up(rows, kRows), [&](size_t block) { mlp.run(from, to, rows, block); });
     }
 };
@@ -202,6 +211,67 @@ struct AttentionKernel {
         const size_t units = query[0] * heads;
         if (units > 0)
             for_each(context, units, [&](size_t unit) { attention.run(from[0], from[1], from[2], to, unit); });
+    }
+};
+
+// Reads a layer from input `index`, weight [depth, columns], and the next one, its bias.
+void read_split(const Info* info, size_t index, bool biased, SplitLinear& linear) {
+    const Value* value = constant_of(info, index);
+    const std::vector<int64_t> sides = sides_of(value);
+    expect_tiles(sides);
+    linear.depth = sides[0];
+    linear.columns = sides[1];
+    linear.pack(data_of<const float>(value));
+    if (biased) linear.bias = vector_of(info, index + 1, linear.columns);
+}
+
+// Inputs: x [rows, depth], weight [depth, columns], bias if it has one.
+template <bool kBiased>
+struct SplitKernel {
+    static constexpr const char* kName = kBiased ? "SplitLinear" : "SplitProduct";
+    static constexpr size_t kInputs = kBiased ? 3 : 2;
+
+    SplitLinear linear;
+
+    static int input_type(size_t) { return kFloat; }
+
+    explicit SplitKernel(const Info* info) { read_split(info, 1, kBiased, linear); }
+
+    void compute(Context* context) const {
+        const Value* x = input_of(context, 0);
+        const size_t rows = rows_of(x, linear.depth), blocks = up(rows, SplitLinear::kBlockRows);
+        const float* from = data_of<float>(x);
+        float* to = output_of(context, {static_cast<int64_t>(rows), static_cast<int64_t>(linear.columns)});
+        if (rows > 0) for_each(context, blocks, [&](size_t block) { linear.run(from, to, rows, block); });
+    }
+};
+
+// Inputs: x, norm's scale and bias, then weight and bias of both layers.
+struct SplitMlpKernel {
+    static constexpr const char* kName = "SplitMlp";
+    static constexpr size_t kInputs = 7;
+
+    SplitMlp mlp;
+
+    static int input_type(size_t) { return kFloat; }
+
+    explicit SplitMlpKernel(const Info* info) {
+        read_split(info, 3, true, mlp.first);
+        read_split(info, 5, true, mlp.second);
+        expect(mlp.second.depth == mlp.first.columns && mlp.second.columns == mlp.first.depth, "expected layers that fit");
+        Norm& norm = mlp.norm;
+        norm.width = mlp.first.depth;
+        check(api->attribute(info, "epsilon", &norm.epsilon));
+        norm.scale = vector_of(info, 1, norm.width);
+        norm.shift = vector_of(info, 2, norm.width);
+    }
+
+    void compute(Context* context) const {
+        const Value* x = input_of(context, 0);
+        const size_t rows = rows_of(x, mlp.norm.width), blocks = up(rows, SplitLinear::kBlockRows);
+        const float* from = data_of<float>(x);
+        float* to = output_of(context, sides_of(x));
+        if (rows > 0) for_each(context, blocks, [&](size_t block) { mlp.run(from, to, rows, block); });
     }
 };
 
@@ -262,7 +332,9 @@ extern "C" __attribute__((visibility("default"))) segzero::ort::Status* Register
             ort::Domain* made = nullptr;
             check(api->create_domain("segzero", &made));
             for (const ort::CustomOp* op : {described<MlpKernel<float, false>>(), described<MlpKernel<int8_t, false>>(),
-                                            described<MlpKernel<int8_t, true>>(), described<AttentionKernel<false>>(), described<AttentionKernel<true>>()})
+                                            described<MlpKernel<int8_t, true>>(), described<AttentionKernel<false>>(),
+                                            described<AttentionKernel<true>>(), described<SplitKernel<false>>(),
+                                            described<SplitKernel<true>>(), described<SplitMlpKernel>()})
                 check(api->add_operator(made, op));
             return made;
         }();

@@ -30,6 +30,12 @@ struct Norm {
     std::vector<float> scale, shift;
 
     void row(const float* x, Bfloat16* to) const {
+        row(x, [to](size_t column, __m512 normed) { store_rounded(to + column, normed); });
+    }
+
+    // Calls `take(column, 16 numbers of the norm)` for each 16 columns.
+    template <typename Take>
+    void row(const float* x, Take take) const {
         const __m512 mean = shift.empty() ? _mm512_setzero_ps() : _mm512_set1_ps(sum(x) / static_cast<float>(width));
         __m512 squares = _mm512_setzero_ps();
         for (size_t column = 0; column < width; column += kSide) {
@@ -41,7 +47,7 @@ struct Norm {
         for (size_t column = 0; column < width; column += kSide) {
             const __m512 away = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + column), mean), by);
             const __m512 added = shift.empty() ? _mm512_setzero_ps() : _mm512_loadu_ps(&shift[column]);
-            store_rounded(to + column, _mm512_fmadd_ps(away, _mm512_loadu_ps(&scale[column]), added));
+            take(column, _mm512_fmadd_ps(away, _mm512_loadu_ps(&scale[column]), added));
         }
     }
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from segzero_rt.bundle import Bundle
 from segzero_rt.manifest import Manifest, PolicyManifest
 from segzero_rt.onnx_summary import OnnxSummary, Weight, read_summary
+from segzero_rt.operators import DOMAIN
+from segzero_rt.operators.library import resolve_operators
 
 FLOAT_BYTES = 4
 """Graphs compute in float32, whatever their weights are stored in."""
@@ -23,6 +25,8 @@ SESSION_BYTES = 5 << 19
 NUM_GRAPHS = 5
 PACKED_COPIES = {"int8": 2, "uint8": 2, "int4": 1, "uint4": 1}
 """int8 weights stay beside the layout that their kernels read."""
+SPLIT_OPERATORS = tuple(f"{DOMAIN}:{name}" for name in ("SplitLinear", "SplitProduct", "SplitMlp"))
+"""Where they are compiled, they keep each weight as a pair of bfloat16 beside what ONNX Runtime keeps."""
 CACHE_STRIDE = 256
 QUESTION_TOKENS = 192
 """Of a prompt, beyond the picture."""
@@ -88,7 +92,7 @@ def plan_memory(bundle: Bundle) -> MemoryPlan:
         # While a graph is loaded, its file is in memory beside the weights that were made of it.
         policy_weights_bytes=computed_bytes(vision) + embedding.weight_bytes + computed_bytes(decoder) + largest_file,
         kv_cache_bytes=kv_cache_bytes(manifest.policy),
-        segmenter_weights_bytes=computed_bytes(encoder) + computed_bytes(mask_decoder),
+        segmenter_weights_bytes=computed_bytes(encoder) + split_bytes(encoder) + computed_bytes(mask_decoder),
         segmenter_bytes=_encoder_bytes(manifest, encoder) + _mask_bytes(manifest),
         workspace_bytes=_vision_bytes(manifest.policy, vision) + _prefill_bytes(manifest.policy, decoder),
         build_peak_bytes=BUILD_LIBRARIES_BYTES + BUILD_COPIES * max(computed_bytes(summary) for summary in graphs),
@@ -98,6 +102,13 @@ def plan_memory(bundle: Bundle) -> MemoryPlan:
 def computed_bytes(summary: OnnxSummary) -> int:
     """Weights as ONNX Runtime keeps them: floats as float32, integers as they are stored and as they are read."""
     return sum(_computed(weight) for weight in summary.weights)
+
+
+def split_bytes(summary: OnnxSummary) -> int:
+    """What compiled operators keep of a graph's floats beside ONNX Runtime; 0 where they are not compiled."""
+    if not any(name in summary.operators for name in SPLIT_OPERATORS) or resolve_operators().path is None:
+        return 0
+    return sum(_computed(weight) for weight in summary.weights if "float" in weight.dtype and len(weight.shape) == 2)
 
 
 def kv_cache_bytes(policy: PolicyManifest) -> int:
