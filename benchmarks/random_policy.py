@@ -3,7 +3,7 @@
     python -m benchmarks.random_policy --like qwen2.5-vl-3b --tokenizer ../shared/assets/qwen2.5-vl-7b --out DIR
 
 Published layouts, bfloat16 shards with an index, written shard by shard: flat settings with `model.` and `visual.` keys
-(Qwen2.5-VL), or transformers' own (Qwen3-VL).
+(Qwen2-VL, Qwen2.5-VL), or transformers' own (Qwen3-VL).
 """
 
 from __future__ import annotations
@@ -42,6 +42,18 @@ VISION = {
     "tokens_per_second": 2,
     "temporal_patch_size": 2,
 }
+QWEN2_VISION = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+}
+"""What Qwen2-VL calls `hidden_size` is the width that its tower gives out."""
 QWEN3_VISION = {
     "model_type": "qwen3_vl",
     "depth": 24,
@@ -76,6 +88,9 @@ class Size:
 
 
 SIZES = {
+    "qwen2-vl-2b": Size(
+        hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, vocab=151936, tied=True, family="qwen2_vl"
+    ),
     "qwen2.5-vl-3b": Size(hidden=2048, intermediate=11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True),
     "qwen2.5-vl-7b": Size(hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
     "qwen3-vl-2b": Size(
@@ -162,7 +177,7 @@ def write_policy(size: Size, tokenizer: Path | None, out: Path, *, layers: int |
 
 def published(size: Size, layers: int | None = None) -> dict[str, Any]:
     """config.json of the size's family."""
-    return (_qwen3_configuration if size.family == "qwen3_vl" else configuration)(size, layers)
+    return _CONFIGURATIONS[size.family](size, layers)
 
 
 def all_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -171,13 +186,36 @@ def all_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
-    """config.json as published, with fewer layers where that is asked."""
+    """config.json of Qwen2.5-VL as published, with fewer layers where that is asked."""
     vision = VISION | dict(size.vision) | {"out_hidden_size": size.hidden}
     if layers is not None:
         vision |= {"depth": layers, "fullatt_block_indexes": [layers - 1]}
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
+        **_flat_text(size, layers),
+        "vision_config": vision,
+    }
+
+
+def _qwen2_configuration(size: Size, layers: int | None) -> dict[str, Any]:
+    """config.json of Qwen2-VL as published; with fewer layers, so many blocks too."""
+    vision = QWEN2_VISION | dict(size.vision) | {"hidden_size": size.hidden}
+    if layers is not None:
+        vision |= {"depth": layers}
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "max_position_embeddings": 32768,
+        **_flat_text(size, layers),
+        "vision_config": vision,
+    }
+
+
+def _flat_text(size: Size, layers: int | None) -> dict[str, Any]:
+    """The decoder's settings, which Qwen2-VL and Qwen2.5-VL call alike."""
+    return {
         "bos_token_id": 151643,
         "eos_token_id": 151645,
         "vision_start_token_id": 151652,
@@ -187,7 +225,6 @@ def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": size.hidden,
         "intermediate_size": size.intermediate,
-        "max_position_embeddings": 128000,
         "num_attention_heads": size.heads,
         "num_hidden_layers": size.layers if layers is None else layers,
         "num_key_value_heads": size.kv_heads,
@@ -196,7 +233,6 @@ def configuration(size: Size, layers: int | None = None) -> dict[str, Any]:
         "use_sliding_window": False,
         "tie_word_embeddings": size.tied,
         "torch_dtype": "bfloat16",
-        "vision_config": vision,
         "rope_scaling": {"type": "mrope", "mrope_section": _sections(size.hidden // size.heads)},
         "vocab_size": size.vocab,
     }
@@ -245,6 +281,9 @@ def _qwen3_configuration(size: Size, layers: int | None) -> dict[str, Any]:
     }
 
 
+_CONFIGURATIONS = {"qwen2_vl": _qwen2_configuration, "qwen2_5_vl": configuration, "qwen3_vl": _qwen3_configuration}
+
+
 def _qwen3_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Keys and shapes of all weights, which transformers writes as they are published."""
     import torch
@@ -257,7 +296,7 @@ def _qwen3_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Keys and shapes of all weights, as published."""
+    """Keys and shapes of all weights of Qwen2-VL and Qwen2.5-VL, as published."""
     hidden, wide, vision = config["hidden_size"], config["intermediate_size"], config["vision_config"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
@@ -274,30 +313,32 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
-    yield from _vision_tensors(vision)
+    yield from _vision_tensors(vision, hidden)
 
 
-def _vision_tensors(vision: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, wide = vision["hidden_size"], vision["intermediate_size"]
+def _vision_tensors(vision: dict[str, Any], out_width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of Qwen2.5-VL; of Qwen2-VL, which has `embed_dim`, layer norms and an MLP without gate."""
+    plain = "embed_dim" in vision
+    width = vision["embed_dim" if plain else "hidden_size"]
+    wide = int(width * vision["mlp_ratio"]) if plain else vision["intermediate_size"]
+    norm_parts = ("weight", "bias") if plain else ("weight",)
+    if plain:
+        mlp = {"mlp.fc1": (wide, width), "mlp.fc2": (width, wide)}
+    else:
+        mlp = {"mlp.gate_proj": (wide, width), "mlp.up_proj": (wide, width), "mlp.down_proj": (width, wide)}
     side = vision["patch_size"]
     yield "visual.patch_embed.proj.weight", (width, vision["in_chans"], vision["temporal_patch_size"], side, side)
     for block in range(vision["depth"]):
         prefix = f"visual.blocks.{block}."
-        shapes = {
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            "mlp.gate_proj": (wide, width),
-            "mlp.up_proj": (wide, width),
-            "mlp.down_proj": (width, wide),
-        }
+        shapes = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), **mlp}
         for name, shape in shapes.items():
             yield f"{prefix}{name}.weight", shape
             yield f"{prefix}{name}.bias", shape[:1]
-        yield f"{prefix}norm1.weight", (width,)
-        yield f"{prefix}norm2.weight", (width,)
+        for name in ("norm1", "norm2"):
+            yield from ((f"{prefix}{name}.{part}", (width,)) for part in norm_parts)
     merged = width * vision["spatial_merge_size"] ** 2
-    yield "visual.merger.ln_q.weight", (width,)
-    for layer, rows in ((0, merged), (2, vision["out_hidden_size"])):
+    yield from ((f"visual.merger.ln_q.{part}", (width,)) for part in norm_parts)
+    for layer, rows in ((0, merged), (2, out_width)):
         yield f"visual.merger.mlp.{layer}.weight", (rows, merged)
         yield f"visual.merger.mlp.{layer}.bias", (rows,)
 

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from segzero_rt.bundle import EMBEDDED
@@ -206,6 +207,29 @@ def predictor(results: Path) -> str:
     return table(rows) + busy(document)
 
 
+def encoders(results: Path) -> str:
+    """SAM 2.1's image encoder alone against PyTorch."""
+    columns = {
+        "segzero": "segzero-rt",
+        "functions": "by ONNX Runtime's operators alone",
+        "pytorch eager": "PyTorch",
+        "torch.compile": "`torch.compile`",
+    }
+    rows, document = [["SAM 2.1's image encoder, float32, 1024 x 1024", *columns.values()]], {}
+    for size, title in (("hiera_t", "tiny"), ("hiera_l", "large")):
+        name, document = newest(f"segmenter_encoder_{size}", results)
+        cells = []
+        for side in columns:
+            took, error = median(document["encoder_ms"][side]), document["relative_error"][side]
+            ratio = document["ratios"][side]["ratio"] if side in document["ratios"] else 1
+            beside = "" if side == "segzero" else f", {ratio:.2f}x"
+            cells.append(
+                f"{took:.0f} ms{beside}" + (f", within {error:.0e}" if side in ("segzero", "functions") else "")
+            )
+        rows.append([f"{title}, {CORES[str(document['threads'])]} (`{name}`)", *cells])
+    return table(rows) + busy(document)
+
+
 def speed_accuracy(results: Path) -> str:
     """Every combination of weights, picture and reply, with what it costs in gIoU."""
     name, document = newest("speed_accuracy", results)
@@ -337,6 +361,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "stages": stages,
         "decoders": decoders,
         "predictor": predictor,
+        "encoders": encoders,
         "brevity": brevity,
         "speed and accuracy": speed_accuracy,
         "avoided costs": avoided_costs,

@@ -4,9 +4,10 @@
     python -m benchmarks.segmenter_encoder --size hiera_l --rounds 3 --skip-compile
 
 Weights are random, from the published configuration at 1024 x 1024; the time does not depend on them. Outputs are
-compared before anything is timed, all sides get the same picture and so many threads, and they take turns. PyTorch runs
-transformers' own `Sam2Model.get_image_features` under `inference_mode`; `torch.compile` gets its default settings, and
-what it takes to compile stands apart, as `first_run_s`.
+compared before anything is timed, all sides get the same picture and so many threads, and they take turns. Where the
+processor has compiled operators, "functions" is the same graph without them. PyTorch runs transformers' own
+`Sam2Model.get_image_features` under `inference_mode`; `torch.compile` gets its default settings, and what it takes to
+compile stands apart, as `first_run_s`.
 """
 
 from __future__ import annotations
@@ -38,18 +39,25 @@ def sides(size: str, flavour: str, storage: str, threads: int, *, compiled: bool
     from export.segmenter_encoder import build_image_encoder
     from export.segmenter_specs import segmenter_specs
     from segzero_rt.graph import Graph
+    from segzero_rt.operators.library import resolve_operators
 
     torch.set_num_threads(threads)
     model = random_segmenter(size)
     spec = segmenter_specs(model).encoder
     build_image_encoder(model, spec, flavour=flavour, storage=storage).save(folder / "encoder.onnx")
-    graph = Graph.load(folder / "encoder.onnx", spec, backend="cpu", threads=threads)
+    graph, plain = (
+        Graph.load(folder / "encoder.onnx", spec, backend="cpu", threads=threads, operators=operators)
+        for operators in (True, False)
+    )
     pixels = np.random.default_rng(0).normal(0, 1, (1, 3, 1024, 1024)).astype(np.float32)
     tensor = torch.from_numpy(pixels)
 
-    def ours() -> list[np.ndarray]:
-        outputs = graph.run({"pixel_values": pixels})
-        return [outputs[name] for name in ("high_res_features_0", "high_res_features_1", "image_embeddings")]
+    def through(graph: Graph) -> Run:
+        def run() -> list[np.ndarray]:
+            outputs = graph.run({"pixel_values": pixels})
+            return [outputs[name] for name in ("high_res_features_0", "high_res_features_1", "image_embeddings")]
+
+        return run
 
     def of(call: Callable[..., Any]) -> Run:
         def run() -> list[np.ndarray]:
@@ -65,7 +73,10 @@ def sides(size: str, flavour: str, storage: str, threads: int, *, compiled: bool
     def features(picture: torch.Tensor) -> list[torch.Tensor]:
         return list(model.get_image_features(picture, return_dict=True).fpn_hidden_states)
 
-    runs: dict[str, Run] = {"segzero": ours, "pytorch eager": of(features)}
+    runs: dict[str, Run] = {"segzero": through(graph)}
+    if resolve_operators().path is not None:
+        runs["functions"] = through(plain)
+    runs["pytorch eager"] = of(features)
     if compiled:
         runs["torch.compile"] = of(torch.compile(features))
     return runs

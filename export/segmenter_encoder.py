@@ -14,7 +14,8 @@ Where this departs from transformers' `Sam2VisionModel` (same numbers, other ari
 5. in small windows, flavour "ort" attends head by head, each from projections of its own (see `SMALL_WINDOW`), or
    from none, where a product nearby takes its weight in (see `Folds`);
 6. flavour "ort" goes through the first blocks in parts that fit into a cache (see `PIECE_BYTES`);
-7. stored in int8, flavour "ort" has attention and hidden layers as operators of `operators.py`, which mean the same;
+7. flavour "ort" has operators of `operators.py`, which mean the same: attention and hidden layers where it is stored in
+   int8, products and hidden layers where in floats;
 8. pyramid levels that no output reads, and a product of queries and keys that transformers drops, are not computed.
 
 Stored in int8, the pyramid and the narrow first blocks' way back from their hidden layer stay in floats: masks follow

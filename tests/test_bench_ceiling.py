@@ -86,6 +86,14 @@ def node(operator: str, *inputs: tuple[int, ...], output: tuple[int, ...], dtype
             node("Int8GatedMlp", (7, 4), (4,), *((4, 12), (12,), (12,)) * 2, (12, 4), (4,), (4,), output=(7, 4)), 0,
             {"int8": 2 * 7 * 3 * 48}, id="compiled gated layers",
         ),
+        pytest.param(
+            node("SplitMlp", (7, 4), (4,), (4,), (4, 12), (12,), (12, 4), (4,), output=(7, 4)), 0,
+            {"bfloat16": 3 * 2 * 7 * (48 + 48)}, id="compiled layers of floats",
+        ),
+        pytest.param(
+            node("SplitLinear", (7, 5), (5, 3), (3,), output=(7, 3)), 0, {"bfloat16": 3 * 210}, id="a split product"
+        ),
+        pytest.param(node("Split", (7, 6), (2,), output=(7, 3)), 0, {}, id="ONNX's split"),
     ],
 )  # fmt: skip
 def test_counts_operations_as_by_hand(one: ProfiledNode, cached: int, expected: dict[str, float]) -> None:

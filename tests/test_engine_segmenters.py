@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import onnx
 import pytest
 from built_engines import built_bytes, layer_types, parsed
+from numpy.typing import NDArray
+from onnx import TensorProto
 
 from segzero_rt.engines.library import Library, find_library
 from segzero_rt.graph_spec import GraphSpec
@@ -19,7 +24,7 @@ pytest.importorskip("tensorrt_rtx", reason="pip install 'segzero-rt[tensorrt-rtx
 torch = pytest.importorskip("torch", reason="the checkpoints of these tests are made with it")
 
 from export.edgetam import edgetam_model  # noqa: E402 - needs torch's absence to skip first
-from export.segmenter_sizes import HIERA_SIZES, HieraSize  # noqa: E402
+from export.segmenter_sizes import HIERA_SIZES, LARGE, TINY, HieraSize  # noqa: E402
 from export.segmenter_specs import segmenter_specs  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -42,8 +47,6 @@ def segmenter(size: HieraSize) -> Sam2Model:
 
 def written_encoder(make: Callable[[], Sam2Model], path: Path, computed: str) -> GraphSpec:
     """Writes the image encoder as `segzero export --flavour portable --segmenter-computed` does; gives its spec."""
-    import onnx
-
     from export.segmenter_encoder import build_image_encoder
     from export.segmenter_precision import in_16_bits
 
@@ -100,6 +103,46 @@ def test_the_image_encoder_of_every_size_of_sam_2(
     file_bytes = path.stat().st_size  # large weights in 16 bits, whatever computes with them
     path.unlink()  # pytest keeps folders, and these are large
     assert built_bytes(graph, spec, {"picture": ONE}) > file_bytes * (1.8 if computed == "float32" else 0.95)
+
+
+def made_up_peaks(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    """As `channel_peaks`: alike for products of one width, so that those of one tensor share its codes."""
+    widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.name.endswith(".weight")}
+    products = [node.input[1] for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    return {
+        name.removesuffix(".weight"): np.linspace(1, 2, widths[name], dtype=np.float32)
+        for name in products
+        if name in widths
+    }
+
+
+@pytest.mark.parametrize(("size", "codes"), [(TINY, 4 * 12 + 1), (LARGE, 4 * 48)], ids=["hiera_t", "hiera_l"])
+def test_the_image_encoder_in_explicit_int8(
+    size: HieraSize, codes: int, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `segzero export --flavour portable --storage int8` writes it, but with ranges made up: neither nodes nor sizes
+    depend on their values, and to measure them on one picture takes the largest a minute and 10 GB.
+
+    A block has codes of four tensors: what it reads, what attention gives out, and what both its hidden layer's
+    products read. Its first also go to the product that widens the residual, at the start of three stages; but where
+    windows of 14 reach beyond the map, as at tiny's last, that one reads rows before zeros fill those windows.
+    """
+    from export.segmenter import _write_in_int8
+
+    monkeypatch.setattr("export.segmenter.channel_peaks", made_up_peaks)
+    model, path = segmenter(size), tmp_path / "encoder.onnx"
+    spec = segmenter_specs(model).encoder
+    _write_in_int8(model, path, [np.empty(0, np.float32)], "portable")
+    del model
+    graph = parsed(library, path, spec)
+    num_blocks, found = sum(size.blocks), layer_types(graph)
+    assert found["QuantizeLinear", "int8"] == graph.precisions()["int8"] == codes
+    assert found["DequantizeLinear", "float32"] == codes + 6 * num_blocks + 3, "those, and of each weight"
+    stored = [tensor for tensor in onnx.load(str(path)).graph.initializer if tensor.data_type == TensorProto.INT8]
+    numbers, position_bytes = sum(math.prod(tensor.dims) for tensor in stored), 4 * (1024 // 4) ** 2 * size.width
+    path.unlink()
+    engine_bytes = built_bytes(graph, spec, {"picture": ONE})
+    assert numbers + position_bytes < engine_bytes < 2 * numbers + position_bytes, "float16's has more than this"
 
 
 @pytest.mark.parametrize("computed", ["float32", "float16"])

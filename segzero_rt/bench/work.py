@@ -37,6 +37,9 @@ _INT8_CONVOLUTIONS = frozenset({"ConvInteger", "QLinearConv"})
 _ATTENTIONS = frozenset({"MultiHeadAttention", "Attention", "HeadAttention"})
 """Without a mask, over [batch, rows, width]; the latter two are compiled operators."""
 _CACHED_ATTENTION = "GroupQueryAttention"
+_SPLITTING = frozenset({"SplitLinear", "SplitProduct", "SplitMlp"})
+"""Compiled operators that take `SPLIT_PRODUCTS` products of bfloat16 for each of float32."""
+SPLIT_PRODUCTS = 3
 _COMPILED_LAYERS = frozenset({"Mlp", "SplitMlp", "Int8Mlp", "Int8GatedMlp"})
 _BY_ROWS = 3
 """Axes of the attention that compiled operators take: ONNX's own `Attention` has four."""
@@ -165,7 +168,8 @@ def count_flops(nodes: Iterable[ProfiledNode], *, cached_tokens: int = 0) -> dic
     """
     flops: dict[str, float] = defaultdict(float)
     for node in nodes:
-        flops[_kind(node)] += _node_flops(node, cached_tokens)
+        products = SPLIT_PRODUCTS if node.operator in _SPLITTING else 1
+        flops[_kind(node)] += products * _node_flops(node, cached_tokens)
     return {kind: count for kind, count in flops.items() if count}
 
 
@@ -176,7 +180,7 @@ def _kind(node: ProfiledNode) -> str:
     """
     if node.operator in _INT8_PRODUCTS | _INT8_CONVOLUTIONS or node.operator.startswith("Int8"):
         return "int8"
-    if node.operator in ("Mlp", "Attention", "HeadAttention"):
+    if node.operator in _SPLITTING | {"Mlp", "Attention", "HeadAttention"}:
         return "bfloat16"
     return "float16" if node.dtype in _HALVES else "float32"
 
