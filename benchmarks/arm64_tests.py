@@ -171,7 +171,7 @@ def run_tests(machine: EmulatedArm64, files: Sequence[Path], bundles: Path, *, t
             f"--junitxml={report}",
         ]
         start = time.monotonic()
-        environment = {"SEGZERO_TEST_BUNDLES": str(bundles.resolve())}
+        environment = {"SEGZERO_TEST_BUNDLES": str(bundles.resolve()), "SEGZERO_TEST_EMULATED": "qemu"}
         done = machine.run([*command, *files], timeout_s=timeout_s, environment=environment)
         if not report.is_file():
             raise MachineError(f"expected pytest to run on arm64, it says: {(done.stdout + done.stderr)[-500:]}")
