@@ -230,6 +230,25 @@ def encoders(results: Path) -> str:
     return table(rows) + busy(document)
 
 
+def arm64(results: Path) -> str:
+    """The runtime's tests under qemu, and how far its answers are from those of x86-64."""
+    rows = [["wheels", "tests passed", "failed", "skipped", "answers beside x86-64's"]]
+    for variant in ("", "_jetpack6"):
+        name, document = newest(f"arm64_tests{variant}", results)
+        wheels, total = document["arm64"]["wheels"], document["tests"]["total"]
+        answers = document["answers_x86_arm64"].values()
+        alike = sum(one["same_thinking"] and len(set(one["status"])) == 1 for one in answers)
+        edge, iou = max(one["box_difference_px"] for one in answers), min(one["mask_iou"] for one in answers)
+        rows.append(
+            [
+                f"onnxruntime {wheels['onnxruntime']}, NumPy {wheels['numpy']} (`{name}`)",
+                *(str(total.get(outcome, 0)) for outcome in ("passed", "failure", "skipped")),
+                f"{alike} of {len(answers)} say the same, edges within {edge:.0f} pixels, masks at {iou:.3f} IoU at least",
+            ]
+        )
+    return table(rows)
+
+
 def speed_accuracy(results: Path) -> str:
     """Every combination of weights, picture and reply, with what it costs in gIoU."""
     name, document = newest("speed_accuracy", results)
@@ -362,6 +381,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "decoders": decoders,
         "predictor": predictor,
         "encoders": encoders,
+        "arm64": arm64,
         "brevity": brevity,
         "speed and accuracy": speed_accuracy,
         "avoided costs": avoided_costs,
