@@ -4,9 +4,9 @@ Needs `python -m benchmarks.emulated_arm64 .venv-arm64` first. Installs the chec
 arm64, asks the shipped bundle here and there, then runs every test of the runtime that needs no PyTorch; what those
 tests want exported is exported here. Emulated, nothing of it says how fast an arm64 machine is.
 
-An hour on one core, hours where other work runs beside it. So files run one by one, each with a limit of its own, and what one came to is
-kept in the machine's folder: stopped, the same command goes on behind the last file that ended; another wheel begins
-anew.
+An hour on one core, hours where other work runs beside it. So files run one by one, each with a limit of its own, and
+what one came to is kept in the machine's folder: stopped, the same command goes on behind the last file that ended;
+another wheel begins anew.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def arm64(results: Path) -> str:
             [
                 f"onnxruntime {wheels['onnxruntime']}, NumPy {wheels['numpy']} (`{name}`)",
                 *(str(total.get(outcome, 0)) for outcome in ("passed", "failure", "skipped")),
-                f"{alike} of {len(answers)} say the same, edges within {edge:.0f} pixels, masks at {iou:.3f} IoU at least",
+                f"{alike} of {len(answers)} say the same, edges within {edge:.0f} pixels, masks' IoU from {iou:.3f}",
             ]
         )
     return table(rows)

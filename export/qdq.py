@@ -38,6 +38,7 @@ from segzero_rt.errors import ExportError
 
 from .graph_builder import FLOAT8_OPSET, OPSET
 from .lazy_weight import Floats, Weight
+from .peaks import largest_magnitudes
 from .weight_encoding import (
     FLOAT8,
     FLOATS,
@@ -150,28 +151,9 @@ class Reach:
 
 def channel_peaks(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]]) -> dict[str, Floats]:
     """The largest magnitude in each channel of what a float32 graph's products with a weight read, by their paths."""
-    import onnxruntime
-
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
     widths = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.name.endswith(".weight")}
     products = [node for node in model.graph.node if node.op_type in _PRODUCTS and node.input[1] in widths]
-    read = {node.input[0]: widths[node.input[1]] for node in products}
-    del probed.graph.output[:]
-    for tensor, width in read.items():
-        shape = numpy_helper.from_array(np.array([-1, width], np.int64), f"{tensor}:rows_shape")
-        probed.graph.initializer.append(shape)
-        rows, magnitudes = f"{tensor}:rows", f"{tensor}:abs"
-        probed.graph.node.extend(
-            (
-                helper.make_node("Reshape", [tensor, shape.name], [rows]),
-                helper.make_node("Abs", [rows], [magnitudes]),
-                helper.make_node("ReduceMax", [magnitudes], [f"{tensor}:peaks"], axes=[0], keepdims=0),
-            )
-        )
-        probed.graph.output.append(helper.make_tensor_value_info(f"{tensor}:peaks", TensorProto.FLOAT, [width]))
-    session = onnxruntime.InferenceSession(probed.SerializeToString(), providers=["CPUExecutionProvider"])
-    peaks = dict(zip(read, session.run([f"{tensor}:peaks" for tensor in read], inputs), strict=True))
+    peaks = largest_magnitudes(model, {node.input[0]: widths[node.input[1]] for node in products}, inputs)
     found: dict[str, Floats] = {}
     for node in products:  # several may share a weight
         product, held = node.input[1].removesuffix(".weight"), peaks[node.input[0]]

@@ -26,6 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from segzero_rt.errors import ExportError
 
+from .peaks import largest_magnitudes
+
 LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 _ELEMENTS = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -61,29 +63,14 @@ def product_name(node: onnx.NodeProto, initializers: Collection[str]) -> str:
 
 def largest_activations(model: onnx.ModelProto, inputs: dict[str, NDArray[Any]]) -> dict[str, float]:
     """The largest magnitude that each product reads or writes in float32, by `product_name`."""
-    import onnxruntime
-
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
     initializers = {tensor.name for tensor in model.graph.initializer}
     names: dict[str, set[str]] = {}  # several nodes may share a weight
     for node in model.graph.node:
         if node.op_type in _PRODUCTS:
             seen = {*node.input, *node.output} - initializers - {""}
             names.setdefault(product_name(node, initializers), set()).update(seen)
-    outputs = [output.name for output in probed.graph.output]
-    probes: dict[str, list[str]] = {}
-    for tensor in dict.fromkeys(tensor for tensors in names.values() for tensor in tensors):
-        probes[tensor] = [f"{tensor}:{op}" for op in ("ReduceMax", "ReduceMin")]
-        for op, name in zip(("ReduceMax", "ReduceMin"), probes[tensor], strict=True):
-            probed.graph.node.append(helper.make_node(op, [tensor], [name], keepdims=0))
-            probed.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
-    del probed.graph.output[: len(outputs)]
-    session = onnxruntime.InferenceSession(probed.SerializeToString(), providers=["CPUExecutionProvider"])
-    wanted = [name for pair in probes.values() for name in pair]
-    values = dict(zip(wanted, session.run(wanted, inputs), strict=True))
-    peaks = {tensor: max(abs(float(values[name])) for name in pair) for tensor, pair in probes.items()}
-    return {product: max(peaks[tensor] for tensor in tensors) for product, tensors in names.items()}
+    peaks = largest_magnitudes(model, {tensor: 0 for tensors in names.values() for tensor in tensors}, inputs)
+    return {product: max(float(peaks[tensor]) for tensor in tensors) for product, tensors in names.items()}
 
 
 def check_range(peaks: dict[str, float], float32_products: Collection[str] = ()) -> None:
