@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bare_machine import MACHINE, gpu
+from onnx import TensorProto, helper, numpy_helper
 
 from segzero_rt.bundle import Bundle
 from segzero_rt.engines.record import EngineRecord, ProfileRecord
+from segzero_rt.onnx_summary import read_summary
 from segzero_rt.operators.library import Operators
 from segzero_rt.preflight import memory_plan
 from segzero_rt.preflight.memory_plan import MemoryPlan, kv_cache_bytes, plan_memory
@@ -92,6 +95,24 @@ def test_operators_that_split_products_keep_their_weights_beside(
     floats = planned(tiny_bundle_path, None)
     assert 1.3 * floats < planned(tiny_bundle_path, compiled) < 2 * floats, "the mask decoder has none"
     assert planned(portable_bundle_path, compiled) == planned(portable_bundle_path, None)
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "num_bytes"),
+    [("float32", "float32", 4), ("float16", "float32", 4), ("float16", "float16", 2), ("int8", "float32", 2)],
+)
+def test_engines_keep_weights_as_they_are_computed_with(
+    tmp_path: Path, stored: str, computed: str, num_bytes: int
+) -> None:
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+    weight = numpy_helper.from_array(np.zeros((64, 48), stored), "w")
+    cast = helper.make_node("Cast", ["w"], ["wide"], name="wide:Cast", to=types[computed])
+    product = helper.make_node("MatMul", ["x", "wide"], ["y"], name="y:MatMul")
+    x, y = (helper.make_tensor_value_info(name, types[computed], [1, width]) for name, width in (("x", 64), ("y", 48)))
+    model = helper.make_model(helper.make_graph([cast, product], "product", [x], [y], [weight]))
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert memory_plan.engine_bytes(path, read_summary(path)) == num_bytes * 64 * 48
 
 
 @pytest.mark.parametrize(
