@@ -3,8 +3,8 @@
     python -m benchmarks.device_bundles rtx --policy Seg-Zero-7B --segmenter sam2.1_hiera_large.pt --scratch DIR --build
 
 Checkpoints may have random weights (`benchmarks.random_policy`; SAM 2's own package writes the other): what an export
-and a build cost does not depend on them. Peaks are of resident memory, `peak_bytes` with mapped files (VmHWM), `own_bytes`
-without (RssAnon). Engines are built by TensorRT-RTX for one compute capability, which needs no device.
+and a build cost does not depend on them. Peaks are of resident memory: `peak_bytes` with mapped files (VmHWM),
+`own_bytes` without (RssAnon). Engines are built by TensorRT-RTX for one compute capability, which needs no device.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_compiled_hidden_layers_are_nearer_to_their_definition_than_a_rounding(
     np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
 
 
-SPLIT_ROUNDING = 2.0**-15
+SPLIT_ROUNDING = 2.0**-14
 """Of a product of two numbers that are both taken as the sum of two bfloat16: less than that of it."""
 SPLITS = [
     ("one row", 1, 16, 16),
@@ -184,8 +184,8 @@ def test_split_hidden_layers_are_as_near_as_split_products(name: str, rows: int,
     assert ours.shape == want.shape
     if rows:
         added = np.linalg.norm(want - x)
-        assert np.linalg.norm(ours - want) < SPLIT_ROUNDING / 2 * added
-        assert np.linalg.norm(run(model, {"x": x}, compiled=False) - want) < SPLIT_ROUNDING / 2 * added
+        assert np.linalg.norm(ours - want) < SPLIT_ROUNDING / 4 * added
+        assert np.linalg.norm(run(model, {"x": x}, compiled=False) - want) < SPLIT_ROUNDING / 4 * added
     np.testing.assert_array_equal(ours, run(model, {"x": x}, compiled=True, threads=3))
 
 
