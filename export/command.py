@@ -170,7 +170,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="DATASET",
-        help="pictures and questions that int8 ranges and awq's scales are measured on (default: the gate's)",
+        help="pictures and questions that ranges of codes and awq's scales are measured on (default: the gate's)",
     )
     parser.add_argument(
         "--calibration-count", type=positive_integer, default=24, metavar="N", help="at most N of its questions (24)"
@@ -234,8 +234,8 @@ def execute(arguments: argparse.Namespace) -> int:
         )
     if arguments.policy is None and (arguments.max_length or arguments.input_size):
         raise ExportError("expected --policy with --max-length or --input-size: what --base holds is taken as it is")
-    if arguments.policy is None and (arguments.int4_method or arguments.calibration):
-        raise ExportError("expected --policy with --int4-method or --calibration: --base is taken as it is")
+    if arguments.policy is None and arguments.int4_method:
+        raise ExportError("expected --policy with --int4-method: what --base holds is taken as it is")
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     calibration = _calibration(arguments.calibration, arguments.calibration_count) if arguments.calibration else []
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []
@@ -246,7 +246,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if arguments.policy is not None:
             _imported("policy").plan_policy(arguments.policy, work, max_length=preset.max_length, **options)
         # The segmenter first: a checkpoint that cannot be read shows within a minute, and a policy may take an hour.
-        segmenter = _export_segmenter(arguments, work, preset, pictures) if arguments.segmenter else None
+        segmenter = _export_segmenter(arguments, work, preset, pictures, calibration) if arguments.segmenter else None
         policy = _export_policy(arguments, work, preset, options, pictures, calibration) if arguments.policy else None
         manifest, files = assemble(preset, arguments.name or preset.name, policy, segmenter, base)
         if arguments.format:
@@ -370,7 +370,7 @@ def _export_policy(
 
 
 def _export_segmenter(
-    arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any]
+    arguments: argparse.Namespace, work: Path, preset: Preset, pictures: list[Any], calibration: list[Any]
 ) -> SegmenterExport:
     export_segmenter = _imported("segmenter").export_segmenter
     say(f"segmenter: {arguments.segmenter}")
@@ -385,6 +385,7 @@ def _export_segmenter(
         float32_products=arguments.segmenter_float32,
         mask_prompts=preset.mask_prompts,
         pictures=pictures,
+        calibration=[picture for picture, _ in calibration],
     )
     return exported
 

@@ -253,7 +253,7 @@ def gate_pixels(
     from segzero_rt.resampling import resize
 
     size_hw = spec.inputs[0].shape[-2:]
-    batches = [np.random.default_rng(0).normal(0, 1, (noise, 3, *size_hw)).astype(np.float32)]
+    batches = [np.random.default_rng(0).normal(0, 1, (noise, 3, *size_hw)).astype(np.float32)] if noise else []
     mean, std = np.float32(IMAGE_MEAN), np.float32(IMAGE_STD)
     for picture in pictures:
         pixels = (resize(picture, size_hw, "pillow_bilinear").astype(np.float32) / 255 - mean) / std

@@ -26,6 +26,7 @@ from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec, TensorSpec
 from segzero_rt.policy import Policy, policy_specs
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 WIDTH = 96
 OPTIONS: dict[str, Any] = {
     "input_size_hw": (84, 84),
@@ -265,7 +266,11 @@ def test_a_segmenter_in_int8_passes_its_gate_and_is_built(tiny_checkpoints: tupl
     from export.segmenter_checkpoint import load_checkpoint
     from export.segmenter_specs import segmenter_specs
 
-    exported = export_segmenter(tiny_checkpoints[1], tmp_path, storage="int8", flavour="portable")
+    pictures = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in range(3)]
+    options: dict[str, Any] = {"storage": "int8", "flavour": "portable"}
+    with pytest.raises(ExportError, match="--calibration DATASET or --gate-images DIR"):
+        export_segmenter(tiny_checkpoints[1], tmp_path, **options)
+    exported = export_segmenter(tiny_checkpoints[1], tmp_path, **options, calibration=pictures)
     assert 1e-4 < exported.gate["max_feature_error"] < 0.1
     path = exported.files["segmenter/image_encoder.onnx"]
     operators = [node.op_type for node in onnx.load(path).graph.node]
@@ -274,3 +279,25 @@ def test_a_segmenter_in_int8_passes_its_gate_and_is_built(tiny_checkpoints: tupl
     spec = segmenter_specs(load_checkpoint(tiny_checkpoints[1])).encoder
     size, precisions = _engine_bytes(path, spec, {"picture": {"batch": (1, 1, 1)}})
     assert size > 10_000 and precisions["int8"] >= 10
+
+
+@pytest.mark.slow
+def test_the_shipped_segmenter_in_int8_keeps_masks_of_scenes_that_it_was_not_measured_on(tmp_path: Path) -> None:
+    from segzero_rt.image import load_image
+    from training.question_scenes import write_samples
+
+    pictures = {}
+    for split, seed, count in (("train", 21, 8), ("test", 22, 4)):
+        write_samples(tmp_path / split, split, seed, count)
+        pictures[split] = [load_image(path) for path in sorted((tmp_path / split / "images").iterdir())]
+    exported = export_segmenter(
+        REPOSITORY / "training/checkpoints/tabletop/segmenter",
+        tmp_path / "out",
+        storage="int8",
+        flavour="portable",
+        mask_prompts=False,
+        calibration=pictures["train"],
+        pictures=pictures["test"],
+    )
+    assert exported.gate["mean_mask_iou"] > 0.98, "the gate's own limit"
+    assert exported.gate["max_feature_error"] < 0.05
