@@ -20,6 +20,7 @@ from segzero_rt.commands.output import print_document
 from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import DECODER_FLAVOURS
 from segzero_rt.manifest import QUALITY_GATE, Manifest
+from segzero_rt.preflight.memory_plan import plan_memory
 from segzero_rt.resampling import RESAMPLERS
 
 from .messages import quiet_libraries, say
@@ -110,8 +111,8 @@ def qwen3_vl() -> Preset:
     return replace(vision_reasoner(), name="qwen3-vl", input_size_hw=(960, 960), resampler="pillow_bicubic")
 
 
-TRIAL_SHARE = 0.7
-"""Of the free memory that weights may take for the trial run of a bundle; activations and the cache come on top."""
+TRIAL_SHARE = 0.9
+"""Of the free memory that a bundle's plan may fill for its trial run: other programs take some meanwhile."""
 _SEGMENTER_STORAGE = {"int4": "int8", "bfloat16": "float16", "fp8": "float16", NVFP4: "float16"}
 """The segmenter is small and draws edges: it has no weights of 4 bits, and floats of 8 bits move its masks too far (see
 README.md). Nor are SAM 2's checkpoints bfloat16."""
@@ -254,7 +255,7 @@ def execute(arguments: argparse.Namespace) -> int:
         trial = write_bundle(work / "trial", manifest, files, link_below=work)
         manifest = replace(
             manifest,
-            memory_bytes={} if arguments.no_trial else _memory_bytes(trial, policy),
+            memory_bytes={} if arguments.no_trial else _memory_bytes(trial),
             gates={**manifest.gates, QUALITY_GATE: _quality(trial, arguments, preset, samples)},
         )
         bundle = write_bundle(arguments.out, manifest, files, overwrite=arguments.overwrite, link_below=work)
@@ -436,10 +437,11 @@ def _quality(trial: Bundle, arguments: argparse.Namespace, preset: Preset, sampl
     return record | {"dataset": quality.dataset_card(arguments.gate_dataset)}
 
 
-def _memory_bytes(bundle: Bundle, policy: PolicyExport | None) -> dict[str, int]:
+def _memory_bytes(bundle: Bundle) -> dict[str, int]:
     """What the runtime needs: measured, or nothing where this machine has not the room for a run of the bundle."""
-    if policy is not None and policy.loaded_bytes > TRIAL_SHARE * _available_bytes():
-        say(f"no trial: {policy.loaded_bytes / 1e9:.1f} GB of weights do not fit into this machine's free memory")
+    needed, free = plan_memory(bundle).run_bytes, _available_bytes()
+    if needed > TRIAL_SHARE * free:  # by the plan that the runtime itself goes by, which would refuse
+        say(f"no trial: it is to take {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
         return {}
     say("trying the bundle in a process of its own")
     return {"cpu_peak": _peak_memory_bytes(bundle)}

@@ -54,8 +54,6 @@ class PolicyExport:
     """Path inside the bundle to the file that was written."""
     gate: dict[str, Any]
     """Figures of `gate_policy` or `gate_policy_layers`."""
-    loaded_bytes: int
-    """Memory that the weights take on a CPU."""
 
 
 def export_policy(
@@ -152,7 +150,6 @@ def export_policy(
         tokenizer="policy/tokenizer.json",
         files={f"policy/{name}": export.folder / name for name in (*graphs.file_names, "tokenizer.json")},
         gate=export.gated(graphs, limits) | export.remarks(),
-        loaded_bytes=graphs.loaded_bytes,
     )
 
 

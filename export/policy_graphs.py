@@ -88,8 +88,6 @@ class PolicyGraphWriter:
     ) -> None:
         self.folder = folder
         self.precision = precision
-        self.loaded_bytes = 0
-        """Memory that the weights take on a CPU; known once planned."""
         self.lossless = True
         """False once a weight was rounded to be stored."""
         self.resumed = 0
@@ -125,7 +123,6 @@ class PolicyGraphWriter:
         for name, store in zip(("vision", "decoder"), stores[1:], strict=True):
             self._check_products(name, self._build(name, store).products)
         self._checkpoint.check_nothing_is_left()
-        self.loaded_bytes = sum(store.loaded_bytes for store in stores)
         needed = sum(store.num_bytes for store in stores)
         self._planned_bytes = needed
         self._external = needed > EXTERNAL_FROM_BYTES if external is None else external

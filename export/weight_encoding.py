@@ -59,11 +59,6 @@ class Encoding(ABC):
         self.lossless = True
         """False once a number was rounded; certain only after `pieces` has come to its end."""
 
-    @property
-    def loaded_bytes(self) -> int:
-        """Memory that ONNX Runtime takes for it on a CPU."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
     @abstractmethod
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
         """Consecutive parts of each tensor, with the tensor's index; all parts of one come before those of the next.
@@ -97,11 +92,6 @@ class FloatEncoding(Encoding):
         for values in [self.weight.array()] if self._transposed or not self.weight.shape else self.weight.chunks():
             stored = self._round(self._checked(values))
             yield 0, np.ascontiguousarray(stored.T) if self._transposed else stored
-
-    @property
-    def loaded_bytes(self) -> int:
-        """Floats of 16 bits are computed with in float32."""
-        return 4 * int(np.prod(self.weight.shape, dtype=np.int64))
 
     def _round(self, values: Floats) -> np.ndarray:
         if self._dtype == np.float32:

@@ -33,8 +33,6 @@ class WeightStore(ABC):
         """False once a weight was rounded to be stored."""
         self.num_bytes = 0
         """Of all that was added."""
-        self.loaded_bytes = 0
-        """Memory that it takes on a CPU, once loaded."""
         self.on_added: Callable[[int], None] = lambda num_bytes: None
         """Told the bytes of each weight that is stored."""
 
@@ -46,7 +44,6 @@ class WeightStore(ABC):
         """
         num_bytes = sum(tensor.num_bytes for tensor in encoding.tensors)
         self.num_bytes += num_bytes
-        self.loaded_bytes += encoding.loaded_bytes
         protos = self._add(encoding)
         self.on_added(num_bytes)
         return protos

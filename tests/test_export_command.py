@@ -16,6 +16,7 @@ from export.command import PRESETS, assemble, tabletop
 from segzero_rt.bundle import EMBEDDED, Bundle
 from segzero_rt.cli import UsageError, make_parser
 from segzero_rt.errors import BundleError, ExportError, SegZeroError
+from segzero_rt.preflight.memory_plan import plan_memory
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "training/checkpoints/tabletop/policy"
 
@@ -32,6 +33,18 @@ def export(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
         return document
 
     return call
+
+
+@pytest.mark.parametrize(("name", "share", "tried"), [("room enough", 1.2, True), ("a little too few", 1.05, False)])
+def test_a_bundle_is_tried_where_the_runtime_would_find_room_for_it(
+    name: str, share: float, tried: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the plan that the runtime goes by itself: it refused what was tried, and a whole export was lost."""
+    bundle = Bundle.open(EMBEDDED)
+    monkeypatch.setattr(command, "_available_bytes", lambda: share * plan_memory(bundle).run_bytes)
+    found = command._memory_bytes(bundle)
+    assert set(found) == ({"cpu_peak"} if tried else set())
+    assert ("no trial" in capsys.readouterr().err) is not tried
 
 
 @pytest.mark.slow
