@@ -20,6 +20,7 @@ from segzero_rt.errors import ExportError
 from segzero_rt.graph_spec import GraphSpec
 from segzero_rt.manifest import SegmenterGraphs, SegmenterManifest
 
+from .gate import plain_pictures
 from .gate_segmenter import (
     EXACT,
     HALVED,
@@ -101,8 +102,9 @@ def export_segmenter(
             `storage` is; the decoder, which is small, stays in float32. See `segmenter_precision`.
         float32_products: products of the encoder that stay in float32 all the same, as the gate names them.
         mask_prompts: with a graph that takes masks in, which makes sense where training gave masks.
-        pictures: uint8 [H, W, 3] to gate on, those of `calibration` where there are none; noise is tried too but where
-            ranges are measured.
+        pictures: uint8 [H, W, 3] to gate on, those of `calibration` where there are none, else coloured patches; noise
+            is tried too but where ranges are measured. On noise alone masks are small, and the shipped segmenter in
+            int8 would be refused.
         calibration: likewise to measure ranges on, `pictures` where there are none. Never noise: from its ranges alone
             the shipped segmenter lost a fifth of its masks' area on scenes, and on noise 3 % of it.
 
@@ -131,7 +133,8 @@ def export_segmenter(
     files.encoder.parent.mkdir(parents=True, exist_ok=True)
     spec = segmenter_specs(model).encoder
     # Noise reaches beyond ranges that were measured on pictures, as no picture does.
-    pixels = gate_pixels(spec, pictures or calibration, **({"noise": 0} if in_codes else {}))
+    gated_on = pictures or calibration or plain_pictures()
+    pixels = gate_pixels(spec, gated_on, **({"noise": 0} if in_codes else {}))
     if computed == "float32":
         if in_codes:
             _write_in_int8(model, files.encoder, gate_pixels(spec, calibration or pictures, noise=0), flavour)

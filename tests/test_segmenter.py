@@ -213,6 +213,12 @@ def test_an_int8_encoder_is_smaller_and_nearly_the_same(exported: Exported, tmp_
             assert 0 < error < 0.05, (name, operators)
 
 
+def test_the_shipped_segmenter_in_int8_passes_its_gate_without_pictures_given(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).resolve().parent.parent / "training/checkpoints/tabletop/segmenter"
+    gate = export_segmenter(checkpoint, tmp_path, storage="int8", mask_prompts=False).gate
+    assert gate["mean_mask_iou"] > 0.98 and gate["min_mask_iou"] > 0.9
+
+
 LABELS = [
     ("a box", [2, 3]),
     ("a box and a point", [2, 3, 1]),
