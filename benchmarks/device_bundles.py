@@ -23,12 +23,11 @@ from typing import Any
 
 from segzero_rt.bundle import Bundle
 
-from .measuring import RESULTS, run_and_exit, write_result
+from .measuring import RESIDENT, RESULTS, resident_bytes, run_and_exit, write_result
 
 PAGE = Path(__file__).resolve().parent.parent / "export/README.md"
 POLL_S = 0.1
 _ROW = re.compile(r"^\| [^|]+ \| `(segzero export [^`]+ --out bundles/(\w+))` \|$", re.MULTILINE)
-_PEAKS = {"peak_bytes": "VmHWM", "own_bytes": "RssAnon"}
 
 
 def documented_commands(page: str) -> dict[str, list[str]]:
@@ -55,25 +54,15 @@ def run(command: Sequence[str]) -> dict[str, Any]:
         CalledProcessError: it fails.
     """
     started = time.perf_counter()
-    peaks = dict.fromkeys(_PEAKS, 0)
+    peaks = dict.fromkeys(RESIDENT, 0)
     with subprocess.Popen([sys.executable, "-m", "segzero_rt.cli", *command[1:]], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            for name, num_bytes in _resident(process.pid).items():
+            for name, num_bytes in resident_bytes(process.pid).items():
                 peaks[name] = max(peaks[name], num_bytes)
             time.sleep(POLL_S)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command))
     return {"command": shlex.join(command), "seconds": round(time.perf_counter() - started, 1), **peaks}
-
-
-def _resident(pid: int) -> dict[str, int]:
-    """By the names of `_PEAKS`; nothing once the process is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE))
-    return {name: int(kib[field]) * 1024 for name, field in _PEAKS.items() if field in kib}
 
 
 def measure(device: str, arguments: argparse.Namespace) -> dict[str, Any]:

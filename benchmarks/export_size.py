@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .measuring import RESULTS, run_and_exit, write_result
+from .measuring import RESULTS, resident_bytes, run_and_exit, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2
@@ -53,7 +53,7 @@ def export(arguments: argparse.Namespace, storage: str, checkpoint_bytes: int) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         peak = 0
         while process.poll() is None:
-            peak = max(peak, _peak_bytes(process.pid))
+            peak = max(peak, resident_bytes(process.pid).get("peak_bytes", 0))
             time.sleep(POLL_S)
         output = process.stdout.read() if process.stdout else ""
     if process.returncode != 0:
@@ -71,15 +71,6 @@ def export(arguments: argparse.Namespace, storage: str, checkpoint_bytes: int) -
     if not arguments.keep:
         shutil.rmtree(bundle)
     return figures
-
-
-def _peak_bytes(pid: int) -> int:
-    """VmHWM of a process; 0 once it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _parse() -> argparse.Namespace:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -20,6 +21,8 @@ from segzero_rt.errors import SegZeroError
 from segzero_rt.graph import default_threads
 
 RESULTS = Path(__file__).parent / "results"
+RESIDENT = {"peak_bytes": "VmHWM", "own_bytes": "RssAnon"}
+"""The most so far, mapped files included; and what is there now without them. By the kernel's names."""
 PACKAGES = (
     *("segzero-rt", "numpy", "onnxruntime", "opencv-python-headless", "pillow", "tokenizers"),
     *("torch", "transformers", "safetensors", "trl", "accelerate"),
@@ -50,6 +53,16 @@ def check_files(*paths: Path) -> None:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a file, found none; check the path")
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Memory of a process, by the names of `RESIDENT`; nothing once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE))
+    return {name: int(kib[field]) * 1024 for name, field in RESIDENT.items() if field in kib}
 
 
 def pin_to_cores(count: int) -> None:

@@ -237,6 +237,10 @@ def execute(arguments: argparse.Namespace) -> int:
         raise ExportError("expected --policy with --max-length or --input-size: what --base holds is taken as it is")
     if arguments.policy is None and arguments.int4_method:
         raise ExportError("expected --policy with --int4-method: what --base holds is taken as it is")
+    if arguments.policy is None and arguments.calibration and (preset.storage != "int8" or preset.flavour == "ort"):
+        raise ExportError(
+            "expected --policy with --calibration, or a segmenter with --storage int8 in another flavour than ort"
+        )
     pictures = _gate_pictures(arguments.gate_images, arguments.gate_count)
     calibration = _calibration(arguments.calibration, arguments.calibration_count) if arguments.calibration else []
     samples = _imported("gate_quality").read_gate_dataset(arguments.gate_dataset) if arguments.gate_dataset else []

@@ -33,6 +33,7 @@ from .segmenter_specs import SegmenterFiles, segmenter_specs
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """SAM 2's normalisation, that of ImageNet."""
 
+NOISE_PICTURES = 2
 MIN_GATE_PIXELS = 16
 """At the mask decoder's own size: one pixel of a smaller mask is already several percent of it."""
 
@@ -247,7 +248,7 @@ class AsWritten:
 
 
 def gate_pixels(
-    spec: GraphSpec, pictures: Sequence[NDArray[np.uint8]] = (), *, noise: int = 2
+    spec: GraphSpec, pictures: Sequence[NDArray[np.uint8]] = (), *, noise: int = NOISE_PICTURES
 ) -> list[NDArray[np.float32]]:
     """What to gate on: `noise` pictures of noise in one batch, then each of `pictures`, uint8 [H, W, 3], alone."""
     from segzero_rt.resampling import resize

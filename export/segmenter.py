@@ -26,6 +26,7 @@ from .gate_segmenter import (
     HALVED,
     IMAGE_MEAN,
     IMAGE_STD,
+    NOISE_PICTURES,
     QUANTIZED,
     ROUNDED,
     gate_pixels,
@@ -134,7 +135,7 @@ def export_segmenter(
     spec = segmenter_specs(model).encoder
     # Noise reaches beyond ranges that were measured on pictures, as no picture does.
     gated_on = pictures or calibration or plain_pictures()
-    pixels = gate_pixels(spec, gated_on, **({"noise": 0} if in_codes else {}))
+    pixels = gate_pixels(spec, gated_on, noise=0 if in_codes else NOISE_PICTURES)
     if computed == "float32":
         if in_codes:
             _write_in_int8(model, files.encoder, gate_pixels(spec, calibration or pictures, noise=0), flavour)

@@ -76,6 +76,27 @@ public:
     ~TileScope() { _tile_release(); }
 };
 
+// Tiles 0 to 3 are the sums of 32 rows and 32 columns, 0 and 2 those of 16.
+template <bool kPair>
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(2);
+    if (kPair) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+}
+
+template <bool kPair>
+inline void store_sums(float* sums, size_t wide) {
+    _tile_stored(0, sums, wide * sizeof(float));
+    _tile_stored(2, sums + kSide * wide, wide * sizeof(float));
+    if (kPair) {
+        _tile_stored(1, sums + kSide, wide * sizeof(float));
+        _tile_stored(3, sums + kSide * wide + kSide, wide * sizeof(float));
+    }
+}
+
 // Sums of 32 rows and 16 or 32 columns, to rows that are `wide` numbers apart.
 //   left: [32, depths * 32]; right: packed tiles, those of a column one behind the other.
 template <bool kPair>
@@ -83,12 +104,7 @@ inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right,
     const size_t stride = depths * kDepth * sizeof(Bfloat16);
     const Bfloat16* lower = left + kSide * depths * kDepth;
     const Bfloat16* second = right + depths * kTile;
-    _tile_zero(0);
-    _tile_zero(2);
-    if (kPair) {
-        _tile_zero(1);
-        _tile_zero(3);
-    }
+    zero_sums<kPair>();
     for (size_t depth = 0; depth < depths; ++depth) {
         _tile_loadd(4, left + depth * kDepth, stride);
         _tile_loadd(6, right + depth * kTile, 64);
@@ -101,12 +117,7 @@ inline void multiply(const Bfloat16* left, size_t depths, const Bfloat16* right,
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, wide * sizeof(float));
-    _tile_stored(2, sums + kSide * wide, wide * sizeof(float));
-    if (kPair) {
-        _tile_stored(1, sums + kSide, wide * sizeof(float));
-        _tile_stored(3, sums + kSide * wide + kSide, wide * sizeof(float));
-    }
+    store_sums<kPair>(sums, wide);
 }
 
 // All columns of 32 rows: `take(column, sums)` gets [32, .] sums of 16 columns, 32 apart, for each 16 columns.

@@ -32,12 +32,7 @@ template <bool kPair>
 inline void multiply_split(const Split& left, size_t depths, const Split& right, float* sums, size_t wide = kRows) {
     const size_t stride = depths * kDepth * sizeof(Bfloat16);
     const Split lower = left.at(kSide * depths * kDepth), second = right.at(depths * kTile);
-    _tile_zero(0);
-    _tile_zero(2);
-    if (kPair) {
-        _tile_zero(1);
-        _tile_zero(3);
-    }
+    zero_sums<kPair>();
     for (size_t depth = 0; depth < depths; ++depth) {
         const size_t row = depth * kDepth, tile = depth * kTile;
         _tile_loadd(4, left.low + row, stride);
@@ -67,12 +62,7 @@ inline void multiply_split(const Split& left, size_t depths, const Split& right,
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, wide * sizeof(float));
-    _tile_stored(2, sums + kSide * wide, wide * sizeof(float));
-    if (kPair) {
-        _tile_stored(1, sums + kSide, wide * sizeof(float));
-        _tile_stored(3, sums + kSide * wide + kSide, wide * sizeof(float));
-    }
+    store_sums<kPair>(sums, wide);
 }
 
 // x @ weight + bias. A weight passes through the cache once for each block of rows, whose parts stay there meanwhile.
